@@ -1,0 +1,311 @@
+"""One cycle: the sums over all micro-batches, merged over the devices once."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ._accumulators import accumulate_gradients
+from ._axes import axes_in_scope, check_axis_name, varying, varying_axes
+from ._batches import count_microbatches, count_rows, take_microbatch
+from ._checks import check_count, describe
+from ._forward import Forward
+from ._keys import check_key, keys_of_rows, microbatch_key, row_ids
+from ._loss import LossOutput, read_loss, terms_of, words_for
+from ._model_state import ModelState, check_rule
+from ._params import (
+    check_accum_dtype,
+    check_params,
+    dtype_of_gradient,
+    dtype_of_sum,
+    warn_of_swamping,
+)
+from ._sums import PyTree, WeightedSum, inverse, is_merge_type
+from ._term_weights import ROWS, STATE, any_weight, check_term_weights, count_term_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class CycleSettings:
+    """What a cycle is made with, checked."""
+
+    loss_fn: Callable
+    accum_steps: int | None
+    microbatch_size: int | None
+    axis_name: Any
+    accum_dtype: Any
+    model_state_merge: str | Mapping[str, str]
+    per_example_keys: bool
+
+    def __post_init__(self):
+        if not callable(self.loss_fn):
+            raise TypeError(f"loss_fn is {describe(self.loss_fn)}, not a function.")
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) != 1:
+            passed = ", ".join(f"{name}={value!r}" for name, value in sizes.items())
+            raise ValueError(
+                "Give exactly one of accum_steps (micro-batches per update) and "
+                f"microbatch_size (rows per micro-batch); got {passed}."
+            )
+        check_count(given[0], sizes[given[0]])
+        object.__setattr__(self, "axis_name", check_axis_name(self.axis_name))
+        object.__setattr__(self, "accum_dtype", check_accum_dtype(self.accum_dtype))
+        check_rule(self.model_state_merge)
+
+
+_SIZES = ("accum_steps", "microbatch_size")
+
+
+class Cycle:
+    """A cycle on the arrays of one call: checked and traced when made; then `run`."""
+
+    def __init__(
+        self,
+        settings: CycleSettings,
+        params: PyTree,
+        batch: PyTree,
+        args: tuple,
+        *,
+        model_state: PyTree,
+        key: jax.Array | None,
+        num_microbatches: int | jax.Array | None,
+    ):
+        self.settings, self.args, self.key = settings, args, key
+        self.axes = axes_in_scope(settings.axis_name)
+        check_key(key, settings.per_example_keys)
+        _check_keywords(settings.loss_fn, key=key, model_state=model_state)
+        self.accum_steps = count_microbatches(
+            batch, settings.accum_steps, settings.microbatch_size
+        )
+        self.num_microbatches = _check_num(num_microbatches, self.accum_steps)
+        warn_of_swamping(settings.accum_dtype, self.accum_steps)
+
+        leaves = check_params(params)
+        self.treedef = jax.tree.structure(params)
+        self.params = varying(leaves, self.axes)
+        self.sum_dtypes = [dtype_of_sum(leaf, settings.accum_dtype) for leaf in leaves]
+        self.grad_dtypes = list(map(dtype_of_gradient, leaves, self.sum_dtypes))
+        self.state = ModelState(model_state, settings.model_state_merge, self.axes)
+        self.rows = {"batch": jax.tree.map(jnp.asarray, batch)}
+        if settings.per_example_keys:
+            self.rows["id"] = row_ids(count_rows(batch), self.axes)
+
+        self.forward = Forward(
+            self._forward, self._wide(), self.rows, jnp.int32(0), self.state.first
+        )
+        self._check_what_devices_share()
+        self.state.leave_out(self._untouched_state())
+
+    def run(
+        self, *, reduce: bool, term_weights: Mapping | None = None
+    ) -> tuple[LossOutput, WeightedSum]:
+        """The sums of the cycle, and the summed gradient.
+
+        Args:
+            reduce: whether to merge over the devices.
+            term_weights: the weight of each term over the cycle, if known.
+
+        Returns:
+            The sums of the loss and the metrics, and the model state; and the gradient,
+            of weight 1 if each term has been divided by its own weight already.
+        """
+        factors = self._factors(term_weights, reduce)
+        grads, parts = accumulate_gradients(
+            functools.partial(self._microbatch, factors),
+            self.num_microbatches,
+            self._zeros,
+            self._start(),
+            same_dtypes=self.grad_dtypes == self.sum_dtypes,
+        )
+        if reduce and self.axes:
+            grads, parts = self._all_reduce(grads, parts)
+        loss, state = parts["loss"], self.state.finish(parts["state"])
+        (only, *_) = terms_of(loss).values()
+        weight = only.weight if factors is None else jnp.int32(1)
+        grads = jax.tree.unflatten(self.treedef, grads)
+        return LossOutput(loss, parts["metrics"], state), WeightedSum(grads, weight)
+
+    def _forward(self, wide_params, rows, index, state_leaves):
+        """The loss function on one micro-batch. What is traced, once."""
+        pairs = zip(wide_params, self.params, strict=True)
+        params = [wide.astype(param.dtype) for wide, param in pairs]
+        rows = take_microbatch(rows, self.accum_steps, index)
+        keywords = {}
+        if self.key is not None:
+            keywords["key"] = (
+                keys_of_rows(self.key, rows["id"])
+                if self.settings.per_example_keys
+                else microbatch_key(self.key, index, self.axes)
+            )
+        if self.state.tree is not None:
+            keywords["model_state"] = self.state.unflatten(state_leaves)
+        params = jax.tree.unflatten(self.treedef, params)
+        output = read_loss(
+            self.settings.loss_fn(params, rows["batch"], *self.args, **keywords),
+            with_state=self.state.tree is not None,
+        )
+        totals = _map(lambda term: term.total, output.loss)
+        weights = _map(lambda term: term.weight, output.loss)
+        sums = varying((totals, weights, output.metrics), self.axes)
+        return sums[0], (*sums[1:], self.state.read(output.model_state))
+
+    def _microbatch(self, factors, index, parts):
+        state = self.state.feed(parts["state"])
+        totals, pullback, (weights, metrics, state) = jax.vjp(
+            lambda wide: self.forward(wide, self.rows, index, state),
+            self._wide(),
+            has_aux=True,
+        )
+        loss = jax.tree.map(WeightedSum, totals, weights)
+        return (
+            pullback,
+            jax.tree.map(_cotangent, totals, _ones(totals, factors)),
+            {
+                "loss": _map(lambda part, new: part.put(new, index), parts["loss"], loss),
+                "metrics": _map(
+                    lambda part, new: part.put(new, index), parts["metrics"], metrics
+                ),
+                "state": self.state.put(parts["state"], state, any_weight(weights)),
+            },
+        )
+
+    def _start(self):
+        """The sums before the first micro-batch."""
+        totals, (weights, metrics, _) = self.forward.shapes
+        loss = jax.tree.map(WeightedSum, totals, weights)
+        empty = functools.partial(_map, lambda part: part.empty(self.accum_steps))
+        return {
+            "loss": empty(loss),
+            "metrics": empty(metrics),
+            "state": self.state.start(),
+        }
+
+    def _all_reduce(self, grads, parts):
+        """The merge over the devices. One sum for all gradients."""
+        grads, loss = lax.psum((grads, parts["loss"]), self.axes)
+        metrics = _map(lambda part: part.all_reduce(self.axes), parts["metrics"])
+        state = self.state.all_reduce(parts["state"])
+        return grads, {"loss": loss, "metrics": metrics, "state": state}
+
+    def _factors(self, term_weights, reduce):
+        """What each term's gradient is multiplied by; None to divide at the end."""
+        totals, (types, _, _) = self.forward.shapes
+        if not isinstance(totals, dict):
+            if term_weights is not None:
+                raise TypeError(
+                    "term_weights was given, but loss_fn returned one loss, not a dict "
+                    "of terms: its weight is summed beside its gradient."
+                )
+            return None
+        if term_weights is not None:
+            weights = check_term_weights(term_weights, list(totals))
+        elif len(totals) == 1:
+            return None
+        elif not reduce:
+            raise ValueError(
+                f"loss_fn returned the terms {sorted(totals)}, and their gradients can "
+                "only be summed if each is divided by its term's weight over the whole "
+                "cycle and all devices. Give these weights as term_weights=."
+            )
+        else:
+            weights = count_term_weights(
+                self.forward, self.num_microbatches, self._wide(), self.rows, self.state
+            )
+            weights = lax.psum(weights, self.axes) if self.axes else weights
+        return {n: inverse(w, totals[n].dtype) for n, w in weights.items()}
+
+    def _wide(self):
+        """The parameters in the dtypes in which their gradients shall come."""
+        pairs = zip(self.params, self.grad_dtypes, strict=True)
+        return [param.astype(dtype) for param, dtype in pairs]
+
+    def _zeros(self):
+        """Accumulators, with the sharding and the varying axes of the parameters."""
+        pairs = zip(self.params, self.sum_dtypes, strict=True)
+        return [jnp.zeros_like(param, dtype=dtype) for param, dtype in pairs]
+
+    def _untouched_state(self):
+        first = len(jax.tree.leaves(self.forward.shapes)) - len(self.state.leaves)
+        same = self.forward.same_as_input(STATE)
+        return {i for i in range(len(self.state.leaves)) if same.get(first + i) == i}
+
+    def _check_what_devices_share(self):
+        """Refuses what has been summed over the devices before it was returned."""
+        if not self.axes:
+            return
+        every = frozenset(self.axes)
+        totals, (weights, _, state) = self.forward.data_flow(
+            {
+                ROWS: [every for _ in jax.tree.leaves(self.rows)],
+                STATE: self.state.differs(),
+            },
+            data=ROWS,
+        )
+        for what, flows in (("total", totals), ("weight", weights)):
+            for name, (differs, from_data) in terms_of(flows).items():
+                if from_data and not every <= differs:
+                    raise ValueError(_summed_already(what, name, every - differs))
+        self.state.check_agreement([differs for differs, _ in state])
+
+
+def _summed_already(what, name, axes):
+    return (
+        f"The {what} of {words_for(name)} is the same on all devices of "
+        f"{sorted(axes)}: loss_fn has summed or gathered it over them already (psum, "
+        "pmean, all_gather). It would be counted once for every device. Return the sum "
+        "over this device's own rows; the cycle sums over the devices, once."
+    )
+
+
+def _map(function, tree, *rest):
+    return jax.tree.map(function, tree, *rest, is_leaf=is_merge_type)
+
+
+def _cotangent(total, factor):
+    return varying(factor.astype(total.dtype), varying_axes(total))
+
+
+def _ones(totals, factors):
+    return jax.tree.map(jnp.ones_like, totals) if factors is None else factors
+
+
+def _check_num(num, accum_steps):
+    """`num_microbatches`: static, as NumPy's int32, or traced."""
+    if num is None:
+        return np.int32(accum_steps)
+    if not isinstance(num, jax.core.Tracer):
+        count = check_count("num_microbatches", num, at_least=0)
+        if count > accum_steps:
+            raise ValueError(
+                f"num_microbatches={count} is more than the {accum_steps} micro-batches "
+                "that the batch is split into."
+            )
+        return np.int32(count)
+    if num.ndim or not jnp.issubdtype(num.dtype, jnp.integer):
+        raise TypeError(
+            f"num_microbatches is {describe(num)}; it must be an integer scalar."
+        )
+    return jnp.clip(num, 0, accum_steps).astype(jnp.int32)
+
+
+def _check_keywords(loss_fn, **given):
+    """Refuses a key or a model state that the loss function has no argument for."""
+    try:
+        parameters = inspect.signature(loss_fn).parameters
+    except (TypeError, ValueError):
+        return  # a callable without a signature: Python will say it
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name, value in given.items():
+        if value is not None and name not in parameters:
+            raise TypeError(
+                f"{name}= was given to the cycle, which hands it to loss_fn as "
+                f"{name}=, but loss_fn has no argument of that name: "
+                f"{', '.join(parameters)}."
+            )

@@ -1,0 +1,158 @@
+"""Training steps for Flax linen: on `flax.training.train_state.TrainState`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax.training.train_state import TrainState
+from jax.typing import DTypeLike
+
+from ._checks import describe
+from ._cycle import CycleSettings
+from ._parallel import DataParallel
+from ._sums import AxisNames
+from ._train_step import (
+    StateKind,
+    add_note_on_dtypes,
+    build_step,
+    cast_like,
+    parallel_axis,
+)
+
+
+def make_train_step(
+    loss_fn: Callable[..., Any],
+    *,
+    mutable: Sequence[str] = (),
+    accum_steps: int | None = None,
+    microbatch_size: int | None = None,
+    parallel: DataParallel | None = None,
+    axis_name: AxisNames | None = None,
+    model_state_merge: str | Mapping[str, str] = "carry",
+    per_example_keys: bool = False,
+    nonfinite: str = "skip_cycle",
+    accum_dtype: DTypeLike | None = None,
+    donate: bool = True,
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """Builds a jitted training step on Flax's own `TrainState`, or a subclass of it.
+
+    The state's `apply_gradients` is called once per cycle, so that `step`, and every
+    schedule, counts updates.
+
+    Args:
+        loss_fn: as for `jaxga.value_and_grad`, with `params` as in `state.params`.
+        mutable: names of fields of the state that the forward pass changes, as
+            `("batch_stats",)`. They are handed to the loss function as
+            `model_state={"batch_stats": ...}`, returned by it as
+            `LossOutput(..., model_state=...)`, and written back.
+        accum_steps: as for `jaxga.make_train_step`.
+        microbatch_size: as for `jaxga.make_train_step`.
+        parallel: as for `jaxga.make_train_step`.
+        axis_name: as for `jaxga.make_train_step`.
+        model_state_merge: as for `jaxga.value_and_grad`; a dict gives rules by field.
+        per_example_keys: as for `jaxga.value_and_grad`.
+        nonfinite: as for `jaxga.make_train_step`.
+        accum_dtype: as for `jaxga.value_and_grad`.
+        donate: as for `jaxga.make_train_step`.
+
+    Returns:
+        `step(state, batch, *args, key=None, num_microbatches=None)`, which returns the
+        new state and the record of metrics of `jaxga.make_train_step`; `update` is
+        `state.step`. `key` is folded with `state.step`: the same key may be passed at
+        every call.
+
+    Raises:
+        TypeError: a state that is no Flax `TrainState`; `mutable` is no tuple of names;
+            and as for `jaxga.make_train_step`.
+        ValueError: a name in `mutable` that is no field of the state; and as for
+            `jaxga.make_train_step`.
+        NotImplementedError: parameters that are overwritten with their gradient (fp8).
+
+    Example:
+        >>> import flax.linen as nn
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import jaxga.linen
+        >>> import optax
+        >>> from flax.training.train_state import TrainState
+        >>> model = nn.Dense(1)
+        >>> batch = {"x": jnp.ones((8, 3)), "y": jnp.zeros((8, 1))}
+        >>> params = model.init(jax.random.key(0), batch["x"])["params"]
+        >>> state = TrainState.create(
+        ...     apply_fn=model.apply, params=params, tx=optax.sgd(0.1))
+        >>> def loss_fn(params, batch):
+        ...     predicted = model.apply({"params": params}, batch["x"])
+        ...     return jaxga.WeightedSum.of((predicted - batch["y"]) ** 2)
+        >>> step = jaxga.linen.make_train_step(loss_fn, accum_steps=4)
+        >>> state, metrics = step(state, batch)
+        >>> print(metrics["update"], metrics["weight"])
+        1 8
+    """
+    settings = CycleSettings(
+        loss_fn,
+        accum_steps=accum_steps,
+        microbatch_size=microbatch_size,
+        axis_name=parallel_axis(parallel, axis_name),
+        accum_dtype=accum_dtype,
+        model_state_merge=model_state_merge,
+        per_example_keys=per_example_keys,
+    )
+    step = build_step(_LinenState(mutable), settings, parallel, nonfinite)
+    if axis_name is not None:
+        return step
+    return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+_OVERWRITTEN = "_overwrite_with_gradient"
+
+
+class _LinenState(StateKind):
+    def __init__(self, mutable):
+        if isinstance(mutable, str) or not all(isinstance(n, str) for n in mutable):
+            raise TypeError(
+                f"{mutable=} must be a tuple of names of fields, "
+                '("batch_stats",), say.'
+            )
+        self.mutable = tuple(mutable)
+
+    def check(self, state):
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"The state is {describe(type(state))}; this step takes a Flax "
+                "TrainState (flax.training.train_state). For a jaxga.TrainState there "
+                "is jaxga.make_train_step."
+            )
+        for name in self.mutable:
+            if not hasattr(state, name):
+                raise ValueError(
+                    f"mutable={self.mutable!r} names {name!r}, which is no field of "
+                    f"{type(state).__name__}: {sorted(vars(state))}."
+                )
+        if isinstance(state.params, Mapping) and _OVERWRITTEN in state.params:
+            raise NotImplementedError(
+                f"state.params has {_OVERWRITTEN!r}: parameters that are overwritten "
+                "with their gradient (fp8) are not supported yet."
+            )
+
+    def read(self, state, key):
+        model_state = {name: getattr(state, name) for name in self.mutable} or None
+        if key is not None:
+            key = jax.random.fold_in(key, state.step)
+        return state.params, model_state, key
+
+    def apply(self, state, grads, loss):
+        try:
+            new = state.apply_gradients(grads=grads)
+        except TypeError as error:
+            add_note_on_dtypes(error, grads, state.params)
+            raise
+        return cast_like(new, state)
+
+    def skip(self, state):
+        return state
+
+    def with_model_state(self, state, model_state):
+        return state.replace(**model_state) if model_state else state
+
+    def updates(self, state):
+        return state.step
