@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax import lax
 
+from ._checks import PyTree
 from ._forward import Forward
-from ._sums import PyTree
 
 _log = logging.getLogger("jaxga")
 

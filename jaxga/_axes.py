@@ -12,7 +12,9 @@ from typing import Any
 import jax
 from jax import lax
 
-from ._sums import AxisNames, PyTree
+from ._checks import PyTree
+
+AxisNames = str | tuple[str, ...]
 
 
 def check_axis_name(axis_name: AxisNames | None) -> tuple[str, ...] | None:
@@ -70,9 +72,17 @@ def varying(tree: PyTree, axes) -> PyTree:
     return jax.tree.map(mark, tree)
 
 
-def zeros_like_type(typ: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros of a type, its varying axes and its sharding included."""
-    return lax.full_like(typ, 0)
+def full_of_type(typ: jax.ShapeDtypeStruct, value: Any) -> jax.Array:
+    """An array of one value, with a type's sharding and varying axes too.
+
+    `lax.full_like` would do, but fails beside automatic axes (JAX 0.10 to 0.12).
+    """
+    sharding = typ.sharding
+    is_sharded = sharding is not None and any(sharding.spec)
+    full = lax.full(
+        typ.shape, value, typ.dtype, sharding=sharding if is_sharded else None
+    )
+    return varying(full, varying_axes(typ))
 
 
 def device_index(axes: tuple[str, ...]) -> jax.Array | int:

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._checks import check_count, describe, place
-from ._sums import PyTree
+from ._checks import PyTree, check_count, describe, place
 
 
 def count_rows(batch: PyTree, name: str = "batch") -> int:

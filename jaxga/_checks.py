@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+PyTree = Any
+
 
 def describe(value: Any) -> str:
     """A value in a few words."""

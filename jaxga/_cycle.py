@@ -14,7 +14,7 @@ from jax import lax
 from ._accumulators import accumulate_gradients
 from ._axes import axes_in_scope, check_axis_name, varying, varying_axes
 from ._batches import count_microbatches, count_rows, take_microbatch
-from ._checks import check_count, describe
+from ._checks import PyTree, check_count, describe
 from ._forward import Forward
 from ._keys import check_key, keys_of_rows, microbatch_key, row_ids
 from ._loss import LossOutput, read_loss, terms_of, words_for
@@ -26,8 +26,14 @@ from ._params import (
     dtype_of_sum,
     warn_of_swamping,
 )
-from ._sums import PyTree, WeightedSum, inverse, is_merge_type
-from ._term_weights import ROWS, STATE, any_weight, check_term_weights, count_term_weights
+from ._sums import WeightedSum, inverse, is_merge_type
+from ._term_weights import (
+    ROWS,
+    STATE,
+    any_weight,
+    check_term_weights,
+    count_term_weights,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,18 +168,14 @@ class Cycle:
             self._wide(),
             has_aux=True,
         )
-        loss = jax.tree.map(WeightedSum, totals, weights)
-        return (
-            pullback,
-            jax.tree.map(_cotangent, totals, _ones(totals, factors)),
-            {
-                "loss": _map(lambda part, new: part.put(new, index), parts["loss"], loss),
-                "metrics": _map(
-                    lambda part, new: part.put(new, index), parts["metrics"], metrics
-                ),
-                "state": self.state.put(parts["state"], state, any_weight(weights)),
-            },
-        )
+        new = {"loss": jax.tree.map(WeightedSum, totals, weights), "metrics": metrics}
+        merged = {
+            name: _map(lambda part, one: part.put(one, index), parts[name], new[name])
+            for name in new
+        }
+        merged["state"] = self.state.put(parts["state"], state, any_weight(weights))
+        factors = jax.tree.map(jnp.ones_like, totals) if factors is None else factors
+        return pullback, jax.tree.map(_cotangent, totals, factors), merged
 
     def _start(self):
         """The sums before the first micro-batch."""
@@ -271,10 +273,6 @@ def _cotangent(total, factor):
     return varying(factor.astype(total.dtype), varying_axes(total))
 
 
-def _ones(totals, factors):
-    return jax.tree.map(jnp.ones_like, totals) if factors is None else factors
-
-
 def _check_num(num, accum_steps):
     """`num_microbatches`: static, as NumPy's int32, or traced."""
     if num is None:
@@ -283,8 +281,8 @@ def _check_num(num, accum_steps):
         count = check_count("num_microbatches", num, at_least=0)
         if count > accum_steps:
             raise ValueError(
-                f"num_microbatches={count} is more than the {accum_steps} micro-batches "
-                "that the batch is split into."
+                f"num_microbatches={count} is more than the {accum_steps} "
+                "micro-batches that the batch is split into."
             )
         return np.int32(count)
     if num.ndim or not jnp.issubdtype(num.dtype, jnp.integer):

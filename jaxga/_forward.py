@@ -8,7 +8,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from ._sums import PyTree
+from ._checks import PyTree
 
 # What is the same on every device afterwards, whatever went in.
 _AGREEING = {"psum", "psum_invariant", "pmax", "pmin", "all_gather"}
@@ -32,7 +32,7 @@ class Forward:
         return jax.tree.unflatten(jax.tree.structure(self.shapes), outputs)
 
     def same_as_input(self, arg: int) -> dict[int, int]:
-        """Which flat outputs are a leaf of argument `arg`, untouched: output to leaf."""
+        """The flat outputs that are a leaf of argument `arg`: output to leaf."""
         leaf = {id(var): i for i, var in enumerate(self._inputs(arg))}
         outputs = enumerate(self._closed.jaxpr.outvars)
         return {i: leaf[id(var)] for i, var in outputs if id(var) in leaf}

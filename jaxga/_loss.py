@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import describe, place
+from ._checks import PyTree, describe, place
 from ._dtypes import as_total, as_weight
 from ._metrics import Stack
-from ._sums import MergeType, PyTree, WeightedSum, is_merge_type, not_a_merge_type
+from ._sums import MergeType, WeightedSum, is_merge_type, not_a_merge_type
 
 _CONTRACT = (
     "A loss function returns a sum and what it weighs, as one value: "
@@ -70,7 +70,9 @@ def read_loss(returned: Any, with_state: bool) -> LossOutput:
             "loss_fn returned a model_state, but none was given to the cycle: it would "
             "be lost. Pass it in, as cycle(params, batch, model_state=...)."
         )
-    metrics = jax.tree.map_with_path(_read_metric, output.metrics, is_leaf=is_merge_type)
+    metrics = jax.tree.map_with_path(
+        _read_metric, output.metrics, is_leaf=is_merge_type
+    )
     return LossOutput(_read_terms(output.loss), metrics, output.model_state)
 
 

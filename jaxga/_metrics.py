@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from ._axes import AxisNames, full_of_type
 from ._dtypes import as_sum
-from ._sums import AxisNames, MergeType, check_same_type
+from ._sums import MergeType, check_same_type
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +72,7 @@ class Max(_Elementwise):
     _collective = staticmethod(lax.pmax)
 
     def empty(self, accum_steps: int) -> "Max":
-        return Max(lax.full_like(self.value, _bounds(self.value.dtype)[0]))
+        return Max(full_of_type(self.value, _bounds(self.value.dtype)[0]))
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +93,7 @@ class Min(_Elementwise):
     _collective = staticmethod(lax.pmin)
 
     def empty(self, accum_steps: int) -> "Min":
-        return Min(lax.full_like(self.value, _bounds(self.value.dtype)[1]))
+        return Min(full_of_type(self.value, _bounds(self.value.dtype)[1]))
 
 
 @functools.partial(
@@ -143,10 +144,8 @@ class Stack(MergeType):
     def empty(self, accum_steps: int) -> "Stack":
         one = self.value
         missing = jnp.nan if jnp.issubdtype(one.dtype, jnp.inexact) else 0
-        filled = jnp.broadcast_to(
-            lax.full_like(one, missing)[None], (accum_steps, *one.shape)
-        )
-        return Stack(filled, True)
+        filled = full_of_type(one, missing)[None]
+        return Stack(jnp.broadcast_to(filled, (accum_steps, *one.shape)), True)
 
     def put(self, new: "Stack", index) -> "Stack":
         return Stack(
@@ -160,5 +159,3 @@ def _bounds(dtype):
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
     return -jnp.inf, jnp.inf
-
-

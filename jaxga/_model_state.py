@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import varying, varying_axes
-from ._checks import describe, place
+from ._checks import PyTree, describe, place
 from ._dtypes import as_total
 from ._metrics import Max
-from ._sums import PyTree, WeightedSum
+from ._sums import WeightedSum
 
 RULES = ("carry", "mean", "max")
 

@@ -7,10 +7,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ._axes import check_axis_name
+from ._axes import AxisNames, check_axis_name
 from ._batches import count_rows
-from ._checks import describe
-from ._sums import AxisNames, PyTree
+from ._checks import PyTree, describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +150,7 @@ class DataParallel:
                 # With it on, axes that are left automatic fail in an assertion of
                 # JAX (0.10 to 0.12).
                 check_vma=False,
-            )(_place_rows(batch, NamedSharding(self.mesh, rows)), whole)
+            )(self._place_rows(batch), whole)
 
         return divided
 
@@ -164,6 +163,13 @@ class DataParallel:
                 "pad with jaxga.pad_batch."
             )
 
+    def _place_rows(self, batch):
+        """Divides rows that arrive in another layout (from the host, say)."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.axes))
+        if set(self.axes) & set(self.mesh.explicit_axes):
+            return jax.sharding.reshard(batch, sharding)
+        return jax.lax.with_sharding_constraint(batch, sharding)
+
     def _place_whole(self, leaf):
         sharding = getattr(leaf, "sharding", None)
         if not (isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh):
@@ -171,14 +177,6 @@ class DataParallel:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return jax.device_put(leaf, sharding)
-
-
-def _place_rows(batch, sharding):
-    """Divides rows that arrive in another layout (from the host, say)."""
-    explicit = set(sharding.mesh.explicit_axes) & set(sharding.spec[0])
-    if not explicit:
-        return jax.lax.with_sharding_constraint(batch, sharding)
-    return jax.sharding.reshard(batch, sharding)
 
 
 def _product(numbers):

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ._checks import describe, place
+from ._checks import PyTree, describe, place
 from ._dtypes import at_least_float32
-from ._sums import PyTree
 
 
 def check_params(params: PyTree) -> list[jax.Array]:

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from ._checks import check_numbers, describe, place
+from ._axes import AxisNames, full_of_type
+from ._checks import PyTree, check_numbers, describe, place
 from ._dtypes import as_weight, at_least_float32
-
-PyTree = Any
-AxisNames = str | tuple[str, ...]
 
 _MAX_COUNT = 2**31 - 1
 
@@ -26,7 +24,7 @@ class MergeType:
     """
 
     def empty(self, accum_steps: int):
-        return jax.tree.map(_zeros, self)
+        return jax.tree.map(lambda typ: full_of_type(typ, 0), self)
 
     def put(self, new, index):
         return self.merge(new)
@@ -324,9 +322,3 @@ def check_same_type(a, b):
             f"merge: {type(a).__name__} cannot be merged with {type(b).__name__}: both "
             "sides must be of one type."
         )
-
-
-def _zeros(like):
-    return lax.full_like(like, 0)
-
-

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._axes import zeros_like_type
-from ._checks import check_numbers
+from ._axes import full_of_type
+from ._checks import PyTree, check_numbers
 from ._dtypes import as_weight
 from ._forward import Forward
 from ._model_state import ModelState
-from ._sums import PyTree
 
 # The arguments of the traced forward pass.
 PARAMS, ROWS, INDEX, STATE = range(4)
@@ -69,7 +68,7 @@ def count_term_weights(
             parts = state.put(parts, outputs[len(types) :], any_weight(new))
         return {name: weights[name] + new[name] for name in types}, parts
 
-    zeros = {name: zeros_like_type(typ) for name, typ in types.items()}
+    zeros = {name: full_of_type(typ, 0) for name, typ in types.items()}
     carry = (zeros, state.start())
     return lax.fori_loop(np.int32(0), num_microbatches, body, carry)[0]
 

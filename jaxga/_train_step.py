@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from ._checks import describe
+from ._axes import AxisNames
+from ._checks import PyTree, describe
 from ._cycle import Cycle, CycleSettings
 from ._dtypes import as_total
 from ._parallel import DataParallel
-from ._sums import AxisNames, PyTree, divide_gradient, inverse
+from ._sums import divide_gradient, inverse
 from ._value_and_grad import CycleOutput, finish_output
 
 
@@ -78,7 +79,10 @@ class TrainState:
             0 0
         """
         check_tx(tx)
-        for name, value in {"loss_scale": loss_scale, "noise_scale": noise_scale}.items():
+        for name, value in {
+            "loss_scale": loss_scale,
+            "noise_scale": noise_scale,
+        }.items():
             if value is not None:
                 raise NotImplementedError(f"{name}= is not built yet; leave it out.")
         return cls(
@@ -344,7 +348,9 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
 
 def add_note_on_dtypes(error: TypeError, grads: PyTree, params: PyTree) -> None:
     """Says what to do where an optimizer cannot mix dtypes."""
-    dtypes = [{leaf.dtype for leaf in jax.tree.leaves(tree)} for tree in (grads, params)]
+    dtypes = [
+        {leaf.dtype for leaf in jax.tree.leaves(tree)} for tree in (grads, params)
+    ]
     if dtypes[0] != dtypes[1]:
         error.add_note(
             "jaxga: gradients are handed to the optimizer in the dtype in which they "
@@ -391,5 +397,3 @@ def _record(loss: PyTree, output: CycleOutput, **counts) -> dict[str, Any]:
                 )
             record[name] = value
     return record
-
-

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
+from ._axes import AxisNames
+from ._checks import PyTree
 from ._cycle import Cycle, CycleSettings
 from ._dtypes import as_weight
 from ._loss import LossOutput, terms_of
-from ._sums import AxisNames, PyTree, WeightedSum, divide_gradient, is_merge_type
+from ._sums import WeightedSum, divide_gradient, is_merge_type
 
 
 @jax.tree_util.register_dataclass

@@ -7,10 +7,10 @@ import jax
 from flax.training.train_state import TrainState
 from jax.typing import DTypeLike
 
+from ._axes import AxisNames
 from ._checks import describe
 from ._cycle import CycleSettings
 from ._parallel import DataParallel
-from ._sums import AxisNames
 from ._train_step import (
     StateKind,
     add_note_on_dtypes,
@@ -110,8 +110,7 @@ class _LinenState(StateKind):
     def __init__(self, mutable):
         if isinstance(mutable, str) or not all(isinstance(n, str) for n in mutable):
             raise TypeError(
-                f"{mutable=} must be a tuple of names of fields, "
-                '("batch_stats",), say.'
+                f'{mutable=} must be a tuple of names of fields, ("batch_stats",), say.'
             )
         self.mutable = tuple(mutable)
 
