@@ -59,6 +59,15 @@ def accumulate_gradients(
     return run(in_place=False)
 
 
+def for_each_microbatch(num_microbatches: int | jax.Array, body, carry: PyTree):
+    """`carry = body(index, carry)` for each; a scan if their number is known."""
+
+    def in_int32(index, carry):
+        return body(lax.convert_element_type(index, np.int32), carry)  # x64 gives int64
+
+    return lax.fori_loop(np.int32(0), num_microbatches, in_int32, carry)
+
+
 def _loop(microbatch, num_microbatches, zeros, others, in_place):
     refs = [jax.new_ref(zero) for zero in zeros] if in_place else []
 
@@ -74,5 +83,5 @@ def _loop(microbatch, num_microbatches, zeros, others, in_place):
         return sums, others
 
     carry = ([] if in_place else zeros, others)
-    sums, others = lax.fori_loop(np.int32(0), num_microbatches, body, carry)
+    sums, others = for_each_microbatch(num_microbatches, body, carry)
     return [ref[...] for ref in refs] if in_place else sums, others

@@ -103,7 +103,7 @@ class ModelState:
         """The model state after the cycle."""
         leaves = list(self.leaves)
         for i, merge in self.merges.items():
-            leaves[i] = merge.finish(parts[i]).astype(leaves[i].dtype)
+            leaves[i] = merge.finish(parts[i], leaves[i]).astype(leaves[i].dtype)
         return self.unflatten(leaves)
 
 
@@ -125,7 +125,7 @@ class _Carry:
     def all_reduce(self, part, axes):
         return WeightedSum(as_total(part), 1).all_reduce(axes).mean()
 
-    def finish(self, part):
+    def finish(self, part, old):
         return part
 
 
@@ -146,8 +146,8 @@ class _Mean(_Carry):
     def all_reduce(self, part, axes):
         return part.all_reduce(axes)
 
-    def finish(self, part):
-        return jnp.where(part.weight == 0, as_total(self.first), part.mean())
+    def finish(self, part, old):
+        return jnp.where(part.weight == 0, as_total(old), part.mean())
 
 
 @dataclasses.dataclass
@@ -155,13 +155,13 @@ class _Max(_Mean):
     """Each micro-batch starts from the first state; the largest of the results."""
 
     def start(self):
-        return Max(self.first).empty(1)
+        return Max(jnp.full_like(self.first, -jnp.inf))
 
     def put(self, part, new, present):
         return Max(jnp.where(present, part.merge(Max(new)).value, part.value))
 
-    def finish(self, part):
-        return jnp.where(part.value == -jnp.inf, self.first, part.value)
+    def finish(self, part, old):
+        return jnp.where(part.value == -jnp.inf, old, part.value)
 
 
 @dataclasses.dataclass
@@ -183,7 +183,7 @@ class _AsLeft:
     def all_reduce(self, part, axes):
         return part
 
-    def finish(self, part):
+    def finish(self, part, old):
         return part
 
 

@@ -158,9 +158,9 @@ class DataParallel:
         rows, devices = count_rows(batch), self.num_devices // num_processes
         if rows % devices:
             raise ValueError(
-                f"The batch has {rows} rows, which do not divide over {devices} devices "
-                f"of the mesh axes {self.axes}. Use a multiple of {devices} rows, or "
-                "pad with jaxga.pad_batch."
+                f"The batch has {rows} rows, which do not divide over {devices} "
+                f"devices of the mesh axes {self.axes}. Use a multiple of {devices} "
+                "rows, or pad with jaxga.pad_batch."
             )
 
     def _place_rows(self, batch):

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
+from ._accumulators import for_each_microbatch
 from ._axes import full_of_type
 from ._checks import PyTree, check_numbers
 from ._dtypes import as_weight
@@ -37,8 +36,8 @@ def check_term_weights(given: Mapping, names: list[str]) -> dict[str, jax.Array]
         weight = check_numbers(f"term_weights[{name!r}]", given[name])
         if weight.ndim:
             raise ValueError(
-                f"term_weights[{name!r}] has shape {weight.shape}; it must be a scalar, "
-                "the term's weight over the whole cycle and all devices."
+                f"term_weights[{name!r}] has shape {weight.shape}; it must be a "
+                "scalar, the term's weight over the whole cycle and all devices."
             )
         weights[name] = as_weight(weight)
     return weights
@@ -70,7 +69,7 @@ def count_term_weights(
 
     zeros = {name: full_of_type(typ, 0) for name, typ in types.items()}
     carry = (zeros, state.start())
-    return lax.fori_loop(np.int32(0), num_microbatches, body, carry)[0]
+    return for_each_microbatch(num_microbatches, body, carry)[0]
 
 
 def any_weight(weights: PyTree) -> jax.Array:

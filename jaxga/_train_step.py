@@ -286,7 +286,7 @@ def build_step(
         sums, grads = run(batch, whole)
         output = finish_output(sums, None)
         norm = optax.tree.norm(jax.tree.map(as_total, grads.total))
-        good = _has_weight(output) & (jnp.isfinite(norm) | (nonfinite == "propagate"))
+        good = _is_good(output.weights, norm, nonfinite)
         # The summed gradient is only read in the branch that divides it: divided
         # before it, or handed through, it would need a second buffer.
         new = jax.lax.cond(
@@ -360,10 +360,14 @@ def add_note_on_dtypes(error: TypeError, grads: PyTree, params: PyTree) -> None:
         )
 
 
-def _has_weight(output: CycleOutput) -> jax.Array:
-    weights = jnp.stack([jnp.asarray(w, jnp.float32) for w in output.weights.values()])
-    # A negative weight is a count that ran over, and NaN compares false.
-    return (weights >= 0).all() & (weights > 0).any()
+def _is_good(weights, norm, nonfinite):
+    """Whether a cycle is applied: it has some weight, and is finite if that is asked."""
+    weights = jnp.stack([jnp.asarray(w, jnp.float32) for w in weights.values()])
+    has_weight = (weights != 0).any()
+    if nonfinite == "propagate":
+        return has_weight
+    # A negative weight is a count that ran over; NaN compares false.
+    return has_weight & jnp.isfinite(norm) & (weights >= 0).all()
 
 
 def _select(good, new, old):

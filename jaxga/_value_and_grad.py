@@ -58,9 +58,10 @@ def value_and_grad(
 ) -> Callable[..., tuple[CycleOutput, PyTree]]:
     """Like `jax.value_and_grad`, at the memory of one micro-batch.
 
-    The batch is cut into micro-batches; the gradients of their summed losses are summed,
-    merged over devices once, and divided once. The result is that of the full batch, to
-    rounding, however unevenly tokens are spread over micro-batches and devices.
+    The batch is cut into micro-batches; the gradients of their summed losses are
+    summed, merged over devices once, and divided once. The result is that of the full
+    batch, to rounding, however unevenly tokens are spread over micro-batches and
+    devices.
 
     Args:
         loss_fn: `loss_fn(params, microbatch, *args)`, with `key=` and `model_state=`
@@ -88,8 +89,8 @@ def value_and_grad(
         `cycle(params, batch, *args, model_state=None, key=None, num_microbatches=None,
         term_weights=None)`, which returns `(CycleOutput, grads)`. `batch` is any pytree
         of arrays with a leading axis of rows; micro-batch `i` holds rows
-        `i, i + accum_steps, ...`. `num_microbatches`, which may be traced, computes only
-        that many micro-batches, without a recompilation (a traced number above
+        `i, i + accum_steps, ...`. `num_microbatches`, which may be traced, computes
+        only that many micro-batches, without a recompilation (a traced number above
         `accum_steps` counts as `accum_steps`). `term_weights`: the weight of each term
         over the whole cycle and all devices, where the loader knows it. `grads` has the
         structure of `params`, divided, in the dtype in which it was summed. Wrap it in
@@ -158,9 +159,9 @@ def value_and_grad_sums(
         per_example_keys: as for `value_and_grad`.
 
     Returns:
-        `cycle`, of the same arguments as the one that `value_and_grad` makes. It returns
-        `(LossOutput, WeightedSum)`: the sums of the loss and of the metrics, with this
-        device's model state; and the summed gradient with its weight. With
+        `cycle`, of the same arguments as the one that `value_and_grad` makes. It
+        returns `(LossOutput, WeightedSum)`: the sums of the loss and of the metrics,
+        with this device's model state; and the summed gradient with its weight. With
         `term_weights` each term has been divided by its own already, and the gradient
         has weight 1 (over all devices: add them, and do not divide again).
 

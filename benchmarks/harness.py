@@ -1,0 +1,168 @@
+"""What every benchmark does alike: compile, time in turns, compare, keep as JSON."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+PyTree = Any
+RESULTS = Path(__file__).parent / "results"
+
+
+def compile_step(step: Callable, *args: PyTree) -> tuple[Any, dict[str, float]]:
+    """Compiles a step whose first argument is donated.
+
+    Returns:
+        The compiled step, and what is known before it runs: `compile_seconds`, and in
+        bytes `temp_bytes` (what it needs beside arguments and results) and
+        `total_bytes` (with them, what is donated counted once).
+    """
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(*args).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    temp = memory.temp_size_in_bytes
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return compiled, {
+        "compile_seconds": seconds,
+        "temp_bytes": temp,
+        "total_bytes": kept - memory.alias_size_in_bytes + temp,
+    }
+
+
+def time_in_turns(
+    runs: Mapping[str, Callable[[], PyTree]],
+    rounds: int,
+    repeats: Mapping[str, int],
+) -> dict[str, list[float]]:
+    """Seconds of every run in every round: all take a turn, then all take another.
+
+    A machine that slows down for a while then slows all of them: ratios within a round
+    hold where seconds do not. A first round warms up and is not counted.
+
+    Args:
+        runs: by name, what to time.
+        rounds: how many times.
+        repeats: by name, how many steps one call of a run makes; the seconds are those
+            of one step.
+    """
+    seconds = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
+    for _ in range(rounds + 1):
+        # In one order for ever, some would always find the caches as the largest left
+        # them.
+        shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            jax.block_until_ready(runs[name]())
+            seconds[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def ratios(times: list[float], baseline: list[float]) -> dict[str, float]:
+    """Median, least and greatest of the ratios of paired times."""
+    paired = [time / base for time, base in zip(times, baseline, strict=True)]
+    return {
+        "median": statistics.median(paired),
+        "min": min(paired),
+        "max": max(paired),
+    }
+
+
+def tree_bytes(tree: PyTree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def distance(actual: PyTree, expected: PyTree) -> float:
+    """The norm of the difference of two trees over the norm of the second."""
+    if jax.tree.structure(actual) != jax.tree.structure(expected):
+        raise ValueError("The two trees differ in structure.")
+    off, size = 0.0, 0.0
+    for got, want in zip(
+        jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+    ):
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        if got.shape != want.shape:
+            raise ValueError(f"A leaf has shape {got.shape} instead of {want.shape}.")
+        off += ((got - want) ** 2).sum()
+        size += (want**2).sum()
+    if not size:
+        raise ValueError("There is nothing to compare with: the tree is empty or zero.")
+    return float(np.sqrt(off / size))
+
+
+def check_equal(
+    name: str, actual: PyTree, expected: PyTree, tolerance: float = 1e-5
+) -> float:
+    """The distance of two trees. What is not equal is not worth timing.
+
+    Raises:
+        ValueError: it is more than `tolerance`, or NaN, or there is nothing to compare.
+    """
+    found = distance(actual, expected)
+    if not found <= tolerance:  # NaN compares false
+        raise ValueError(
+            f"The answer of {name!r} is {found:.1e} away from the one it is compared "
+            f"with, more than {tolerance:.0e}: it is not timed."
+        )
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    packages = ("jax", "jaxlib", "optax", "jaxga")
+    device = jax.devices()[0]
+    return {
+        "device_kind": device.device_kind,
+        "backend": device.platform,
+        "cpu_count": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "commit": _commit(),
+    }
+
+
+def save(name: str, result: Mapping[str, Any], path: Path | None = None) -> Path:
+    """Writes a result, by default to `results/<device kind>/<name>.json`."""
+    kind = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower())
+    path = path or RESULTS / kind / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(result), indent=2) + "\n")
+    return path
+
+
+def _commit():
+    """The commit of the library that was measured; None outside a git checkout."""
+
+    def git(*args):
+        command = ("git", *args)
+        root = Path(__file__).parent.parent
+        return subprocess.check_output(
+            command, cwd=root, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "jaxga")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _rounded(value):
+    """Four digits are more than any of the times has."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

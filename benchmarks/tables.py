@@ -1,0 +1,93 @@
+"""Tables from the kept results, for the terminal and for the README.
+
+python benchmarks/tables.py      # rewrites the tables in benchmarks/README.md
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).parent
+_BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+def cycle_table(result: Mapping[str, Any]) -> str:
+    """The result of `cycle.py` as Markdown."""
+    parts = [_setting(result["environment"])]
+    for model in result["models"]:
+        parts.append(_model(model))
+        rows = [_row(name, found) for name, found in model["contenders"].items()]
+        parts.append(_markdown([_HEADER, *rows]))
+    return "\n\n".join(parts)
+
+
+def readme(text: str, results: Path = _HERE / "results") -> str:
+    """The README with its tables made anew from the results."""
+    before, _, rest = text.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    paths = sorted(results.glob("*/cycle.json"))
+    tables = [cycle_table(json.loads(path.read_text())) for path in paths]
+    return "\n\n".join([before + _BEGIN, *tables, _END + after])
+
+
+_HEADER = (
+    "contender",
+    "temporaries / gradient",
+    "time / full batch",
+    "(least to greatest)",
+    "time / parts",
+    "gradient error",
+    "compile",
+)
+
+
+def _row(name, found):
+    full, parts = found["time_to_full_batch"], found["time_to_parts"]
+    error = found["gradient_error"]
+    return (
+        name,
+        f"{found['temp_gradients']:.2f}",
+        f"{full['median']:.3f}",
+        f"{full['min']:.3f} to {full['max']:.3f}",
+        f"{parts['median']:.3f}" if parts else "",
+        "" if error is None else f"{error:.0e}" if error else "0",
+        f"{found['compile_seconds']:.1f} s",
+    )
+
+
+def _model(model):
+    return (
+        f"Layers {model['model']}: {model['layers']} of width {model['width']}, "
+        f"{model['parameters'] / 1e6:.1f} M parameters "
+        f"(a gradient of {model['gradient_bytes'] / 1e6:.0f} MB); "
+        f"{model['accum_steps']} micro-batches of {model['microbatch_size']} rows of "
+        f"{model['length']} tokens; {model['rounds']} rounds; full batch "
+        f"{model['contenders']['full batch']['median_seconds']:.3g} s."
+    )
+
+
+def _setting(environment):
+    names = ("jax", "jaxlib", "optax", "jaxga")
+    versions = ", ".join(f"{name} {environment[name]}" for name in names)
+    cores = environment["cpu_count"] if environment["backend"] == "cpu" else None
+    return (
+        f"**{environment['device_kind']}**{f' ({cores} cores)' if cores else ''}: "
+        f"Python {environment['python']}, {versions}, "
+        f"commit {(environment['commit'] or 'unknown')[:12]}"
+    )
+
+
+def _markdown(rows):
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+if __name__ == "__main__":
+    path = _HERE / "README.md"
+    path.write_text(readme(path.read_text()))
