@@ -1,0 +1,90 @@
+"""The shape of the package: layers, what an import costs, what is documented."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxga
+import jaxga.linen
+
+ROOT = pathlib.Path(jaxga.__file__).parent
+
+# A file imports only from files further down.
+LAYERS = [
+    ["__init__"],
+    ["linen"],
+    ["_train_step"],
+    ["_value_and_grad", "_parallel"],
+    ["_cycle"],
+    ["_term_weights"],
+    ["_accumulators", "_loss", "_model_state"],
+    ["_metrics", "_forward", "_keys", "_params", "_batches"],
+    ["_sums"],
+    ["_axes", "_batch_sizes", "_dtypes"],
+    ["_checks"],
+]
+
+PUBLIC = [name for name in vars(jaxga) if not name.startswith("_") and name != "linen"]
+
+
+def test_imports_point_down():
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    assert level.keys() == {path.stem for path in ROOT.glob("*.py")}
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert level[path.stem] < level[node.module], (path.name, node.module)
+
+
+def test_import_starts_no_backend_and_loads_neither_flax_nor_orbax():
+    script = (
+        "import jaxga, jax, sys\n"
+        "jax.config.update('jax_num_cpu_devices', 2)\n"  # raises once a backend runs
+        "loaded = {'flax', 'orbax'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+        "assert jax.device_count() == 2\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
+
+
+def test_that_check_can_fail():
+    script = (
+        "import jax; jax.numpy.zeros(1); jax.config.update('jax_num_cpu_devices', 2)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert done.returncode and b"jax_num_cpu_devices" in done.stderr
+
+
+def test_public_names():
+    assert set(PUBLIC) == set(
+        "BatchSizes DataParallel LossOutput Max Min Stack Sum TrainState WeightedSum "
+        "make_train_step merge pad_batch value_and_grad value_and_grad_sums".split()
+    )
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, "linen.make_train_step"])
+def test_public_names_are_documented_with_an_example(name):
+    thing = jaxga
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    doc = inspect.getdoc(thing)
+    if name == "TrainState":
+        doc += inspect.getdoc(jaxga.TrainState.create)
+    assert ">>>" in doc
+    if not inspect.isclass(thing):
+        for argument in inspect.signature(thing).parameters:
+            assert f"{argument}: " in doc, f"{name} does not say what {argument} is"
+
+
+def test_functions_and_files_stay_small():
+    for path in ROOT.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 420, path.name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                if body:
+                    assert body[-1].end_lineno - body[0].lineno < 45, node.name
