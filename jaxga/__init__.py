@@ -1,20 +1,20 @@
 """Gradient accumulation for JAX and Flax, done exactly and at hardware cost."""
 
-import importlib.metadata
+from importlib.metadata import version as _version
 
 from ._batch_sizes import BatchSizes as BatchSizes
 from ._batches import pad_batch as pad_batch
 from ._loss import LossOutput as LossOutput
+from ._merge import merge as merge
 from ._metrics import Max as Max
 from ._metrics import Min as Min
 from ._metrics import Stack as Stack
 from ._metrics import Sum as Sum
 from ._parallel import DataParallel as DataParallel
 from ._sums import WeightedSum as WeightedSum
-from ._sums import merge as merge
-from ._train_step import TrainState as TrainState
+from ._train_state import TrainState as TrainState
 from ._train_step import make_train_step as make_train_step
 from ._value_and_grad import value_and_grad as value_and_grad
 from ._value_and_grad import value_and_grad_sums as value_and_grad_sums
 
-__version__ = importlib.metadata.version("jaxga")
+__version__ = _version("jaxga")

@@ -1,32 +1,33 @@
 """One cycle: the sums over all micro-batches, merged over the devices once."""
 
-import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from ._accumulators import accumulate_gradients
-from ._axes import axes_in_scope, check_axis_name, varying, varying_axes
+from ._axes import axes_in_scope, varying, varying_axes
 from ._batches import count_microbatches, count_rows, take_microbatch
-from ._checks import PyTree, check_count, describe
+from ._checks import PyTree
+from ._cycle_settings import (
+    CycleSettings,
+    check_keywords,
+    check_num_microbatches,
+)
 from ._forward import Forward
 from ._keys import check_key, keys_of_rows, microbatch_key, row_ids
 from ._loss import LossOutput, read_loss, terms_of, words_for
-from ._model_state import ModelState, check_rule
+from ._merge import is_merge_type
+from ._model_state import ModelState
 from ._params import (
-    check_accum_dtype,
     check_params,
     dtype_of_gradient,
     dtype_of_sum,
     warn_of_swamping,
 )
-from ._sums import WeightedSum, inverse, is_merge_type
+from ._sums import WeightedSum, inverse
 from ._term_weights import (
     ROWS,
     STATE,
@@ -34,38 +35,6 @@ from ._term_weights import (
     check_term_weights,
     count_term_weights,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class CycleSettings:
-    """What a cycle is made with, checked."""
-
-    loss_fn: Callable
-    accum_steps: int | None
-    microbatch_size: int | None
-    axis_name: Any
-    accum_dtype: Any
-    model_state_merge: str | Mapping[str, str]
-    per_example_keys: bool
-
-    def __post_init__(self):
-        if not callable(self.loss_fn):
-            raise TypeError(f"loss_fn is {describe(self.loss_fn)}, not a function.")
-        sizes = {name: getattr(self, name) for name in _SIZES}
-        given = [name for name, value in sizes.items() if value is not None]
-        if len(given) != 1:
-            passed = ", ".join(f"{name}={value!r}" for name, value in sizes.items())
-            raise ValueError(
-                "Give exactly one of accum_steps (micro-batches per update) and "
-                f"microbatch_size (rows per micro-batch); got {passed}."
-            )
-        check_count(given[0], sizes[given[0]])
-        object.__setattr__(self, "axis_name", check_axis_name(self.axis_name))
-        object.__setattr__(self, "accum_dtype", check_accum_dtype(self.accum_dtype))
-        check_rule(self.model_state_merge)
-
-
-_SIZES = ("accum_steps", "microbatch_size")
 
 
 class Cycle:
@@ -85,11 +54,13 @@ class Cycle:
         self.settings, self.args, self.key = settings, args, key
         self.axes = axes_in_scope(settings.axis_name)
         check_key(key, settings.per_example_keys)
-        _check_keywords(settings.loss_fn, key=key, model_state=model_state)
+        check_keywords(settings.loss_fn, key=key, model_state=model_state)
         self.accum_steps = count_microbatches(
             batch, settings.accum_steps, settings.microbatch_size
         )
-        self.num_microbatches = _check_num(num_microbatches, self.accum_steps)
+        self.num_microbatches = check_num_microbatches(
+            num_microbatches, self.accum_steps
+        )
         warn_of_swamping(settings.accum_dtype, self.accum_steps)
 
         leaves = check_params(params)
@@ -271,39 +242,3 @@ def _map(function, tree, *rest):
 
 def _cotangent(total, factor):
     return varying(factor.astype(total.dtype), varying_axes(total))
-
-
-def _check_num(num, accum_steps):
-    """`num_microbatches`: static, as NumPy's int32, or traced."""
-    if num is None:
-        return np.int32(accum_steps)
-    if not isinstance(num, jax.core.Tracer):
-        count = check_count("num_microbatches", num, at_least=0)
-        if count > accum_steps:
-            raise ValueError(
-                f"num_microbatches={count} is more than the {accum_steps} "
-                "micro-batches that the batch is split into."
-            )
-        return np.int32(count)
-    if num.ndim or not jnp.issubdtype(num.dtype, jnp.integer):
-        raise TypeError(
-            f"num_microbatches is {describe(num)}; it must be an integer scalar."
-        )
-    return jnp.clip(num, 0, accum_steps).astype(jnp.int32)
-
-
-def _check_keywords(loss_fn, **given):
-    """Refuses a key or a model state that the loss function has no argument for."""
-    try:
-        parameters = inspect.signature(loss_fn).parameters
-    except (TypeError, ValueError):
-        return  # a callable without a signature: Python will say it
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    for name, value in given.items():
-        if value is not None and name not in parameters:
-            raise TypeError(
-                f"{name}= was given to the cycle, which hands it to loss_fn as "
-                f"{name}=, but loss_fn has no argument of that name: "
-                f"{', '.join(parameters)}."
-            )

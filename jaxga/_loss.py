@@ -9,8 +9,9 @@ import numpy as np
 
 from ._checks import PyTree, describe, place
 from ._dtypes import as_total, as_weight
+from ._merge import MergeType, is_merge_type, not_a_merge_type
 from ._metrics import Stack
-from ._sums import MergeType, WeightedSum, is_merge_type, not_a_merge_type
+from ._sums import WeightedSum
 
 _CONTRACT = (
     "A loss function returns a sum and what it weighs, as one value: "

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from ._axes import AxisNames, full_of_type
 from ._dtypes import as_sum
-from ._sums import MergeType, check_same_type
+from ._merge import MergeType, check_same_type
 
 
 @jax.tree_util.register_dataclass

@@ -1,43 +1,19 @@
-"""What can be merged: sums merge, means do not."""
+"""Sums with their weights: sums merge, means do not."""
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from ._axes import AxisNames, full_of_type
-from ._checks import PyTree, check_numbers, describe, place
+from ._axes import AxisNames
+from ._checks import PyTree, check_numbers
 from ._dtypes import as_weight, at_least_float32
+from ._merge import MergeType, check_same_type
 
 _MAX_COUNT = 2**31 - 1
-
-
-class MergeType:
-    """What `WeightedSum`, `Sum`, `Max`, `Min` and `Stack` share.
-
-    In the loop an accumulator starts as `empty`, made from the shapes of what one
-    micro-batch gives, and `put` adds what micro-batch `index` gave.
-    """
-
-    def empty(self, accum_steps: int):
-        return jax.tree.map(lambda typ: full_of_type(typ, 0), self)
-
-    def put(self, new, index):
-        return self.merge(new)
-
-    def __add__(self, other):
-        raise TypeError(
-            f"{type(self).__name__} cannot be added with +, because + could mean two "
-            "things. To add two terms of a loss, return them as a dict, "
-            '{"cross_entropy": a, "penalty": 0.1 * b}: each is then divided by its own '
-            "weight. To join two parts of the data, write a.merge(b)."
-        )
-
-    __radd__ = __add__
 
 
 @jax.tree_util.register_dataclass
@@ -202,51 +178,6 @@ class WeightedSum(MergeType):
         )
 
 
-def merge(a: PyTree, b: PyTree) -> PyTree:
-    """Joins two parts of the data, leaf by leaf.
-
-    Args:
-        a: any tree of `WeightedSum`, `Sum`, `Max`, `Min` and `Stack`: metrics of some
-            batches of an evaluation, say.
-        b: a tree of the same structure.
-
-    Returns:
-        The tree of `x.merge(y)`.
-
-    Raises:
-        TypeError: a leaf is none of the five types, or the two sides differ in type.
-        ValueError: the trees differ in structure.
-
-    Example:
-        >>> import jaxga
-        >>> first = {"loss": jaxga.WeightedSum(6.0, 3), "longest": jaxga.Max(7)}
-        >>> second = {"loss": jaxga.WeightedSum(4.0, 1), "longest": jaxga.Max(5)}
-        >>> both = jaxga.merge(first, second)
-        >>> print(both["loss"].mean(), both["longest"].finalize())
-        2.5 7
-    """
-
-    def join(path, x, y):
-        if not is_merge_type(x):
-            raise TypeError(not_a_merge_type(f"merge: a{place(path)}", x))
-        return x.merge(y)
-
-    return jax.tree.map_with_path(join, a, b, is_leaf=is_merge_type)
-
-
-def is_merge_type(x: Any) -> bool:
-    return isinstance(x, MergeType)
-
-
-def not_a_merge_type(place: str, value: Any) -> str:
-    """What to say of a value that has no rule by which it merges."""
-    return (
-        f"{place} is {describe(value)}. How parts of it merge is not known: wrap it as "
-        "jaxga.WeightedSum.of(values, where=mask) (ends as a mean), jaxga.Sum(x), "
-        "jaxga.Max(x), jaxga.Min(x) or jaxga.Stack(x) (kept for every micro-batch)."
-    )
-
-
 def inverse(weight: jax.Array, dtype) -> jax.Array:
     """`1 / weight`; 0 for a weight of 0, NaN for a negative one."""
     safe = jnp.where(weight > 0, weight, 1).astype(dtype)
@@ -314,11 +245,3 @@ def _broadcast(name, array, shape):
             f"to the shape {tuple(shape)} of values. Give one entry per value, or one "
             "per row with trailing axes of length 1."
         ) from error
-
-
-def check_same_type(a, b):
-    if type(a) is not type(b):
-        raise TypeError(
-            f"merge: {type(a).__name__} cannot be merged with {type(b).__name__}: both "
-            "sides must be of one type."
-        )

@@ -9,10 +9,12 @@ from jax.typing import DTypeLike
 
 from ._axes import AxisNames
 from ._checks import PyTree
-from ._cycle import Cycle, CycleSettings
+from ._cycle import Cycle
+from ._cycle_settings import CycleSettings
 from ._dtypes import as_weight
 from ._loss import LossOutput, terms_of
-from ._sums import WeightedSum, divide_gradient, is_merge_type
+from ._merge import is_merge_type
+from ._sums import WeightedSum, divide_gradient
 
 
 @jax.tree_util.register_dataclass

@@ -9,13 +9,14 @@ from jax.typing import DTypeLike
 
 from ._axes import AxisNames
 from ._checks import describe
-from ._cycle import CycleSettings
+from ._cycle_settings import CycleSettings
 from ._parallel import DataParallel
-from ._train_step import (
+from ._step import (
     StateKind,
+    Step,
     add_note_on_dtypes,
-    build_step,
     cast_like,
+    jit_step,
     parallel_axis,
 )
 
@@ -97,10 +98,8 @@ def make_train_step(
         model_state_merge=model_state_merge,
         per_example_keys=per_example_keys,
     )
-    step = build_step(_LinenState(mutable), settings, parallel, nonfinite)
-    if axis_name is not None:
-        return step
-    return jax.jit(step, donate_argnums=(0,) if donate else ())
+    step = Step(_LinenState(mutable), settings, parallel, nonfinite)
+    return jit_step(step, axis_name, donate)
 
 
 _OVERWRITTEN = "_overwrite_with_gradient"

@@ -6,10 +6,9 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 import jaxga
 import jaxga.linen
+import pytest
 
 ROOT = pathlib.Path(jaxga.__file__).parent
 
@@ -18,13 +17,15 @@ LAYERS = [
     ["__init__"],
     ["linen"],
     ["_train_step"],
+    ["_step"],
     ["_value_and_grad", "_parallel"],
     ["_cycle"],
-    ["_term_weights"],
+    ["_cycle_settings", "_term_weights"],
     ["_accumulators", "_loss", "_model_state"],
     ["_metrics", "_forward", "_keys", "_params", "_batches"],
     ["_sums"],
-    ["_axes", "_batch_sizes", "_dtypes"],
+    ["_merge"],
+    ["_axes", "_batch_sizes", "_dtypes", "_train_state"],
     ["_checks"],
 ]
 
@@ -82,7 +83,7 @@ def test_public_names_are_documented_with_an_example(name):
 
 def test_functions_and_files_stay_small():
     for path in ROOT.glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 420, path.name
+        assert len(path.read_text().splitlines()) <= 320, path.name
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body

@@ -1,0 +1,83 @@
+"""What a cycle is made with and called with, checked."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._axes import check_axis_name
+from ._checks import check_count, describe
+from ._model_state import check_rule
+from ._params import check_accum_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class CycleSettings:
+    """What a cycle is made with, checked."""
+
+    loss_fn: Callable
+    accum_steps: int | None
+    microbatch_size: int | None
+    axis_name: Any
+    accum_dtype: Any
+    model_state_merge: str | Mapping[str, str]
+    per_example_keys: bool
+
+    def __post_init__(self):
+        if not callable(self.loss_fn):
+            raise TypeError(f"loss_fn is {describe(self.loss_fn)}, not a function.")
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) != 1:
+            passed = ", ".join(f"{name}={value!r}" for name, value in sizes.items())
+            raise ValueError(
+                "Give exactly one of accum_steps (micro-batches per update) and "
+                f"microbatch_size (rows per micro-batch); got {passed}."
+            )
+        check_count(given[0], sizes[given[0]])
+        object.__setattr__(self, "axis_name", check_axis_name(self.axis_name))
+        object.__setattr__(self, "accum_dtype", check_accum_dtype(self.accum_dtype))
+        check_rule(self.model_state_merge)
+
+
+_SIZES = ("accum_steps", "microbatch_size")
+
+
+def check_num_microbatches(num, accum_steps):
+    """`num_microbatches`: static, as NumPy's int32, or traced."""
+    if num is None:
+        return np.int32(accum_steps)
+    if not isinstance(num, jax.core.Tracer):
+        count = check_count("num_microbatches", num, at_least=0)
+        if count > accum_steps:
+            raise ValueError(
+                f"num_microbatches={count} is more than the {accum_steps} "
+                "micro-batches that the batch is split into."
+            )
+        return np.int32(count)
+    if num.ndim or not jnp.issubdtype(num.dtype, jnp.integer):
+        raise TypeError(
+            f"num_microbatches is {describe(num)}; it must be an integer scalar."
+        )
+    return jnp.clip(num, 0, accum_steps).astype(jnp.int32)
+
+
+def check_keywords(loss_fn, **given):
+    """Refuses a key or a model state that the loss function has no argument for."""
+    try:
+        parameters = inspect.signature(loss_fn).parameters
+    except (TypeError, ValueError):
+        return  # a callable without a signature: Python will say it
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name, value in given.items():
+        if value is not None and name not in parameters:
+            raise TypeError(
+                f"{name}= was given to the cycle, which hands it to loss_fn as "
+                f"{name}=, but loss_fn has no argument of that name: "
+                f"{', '.join(parameters)}."
+            )

@@ -1,0 +1,206 @@
+"""One step on any kind of train state: a cycle, then one update or none."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._axes import AxisNames
+from ._checks import PyTree, describe
+from ._cycle import Cycle
+from ._cycle_settings import CycleSettings
+from ._dtypes import as_total
+from ._parallel import DataParallel
+from ._sums import divide_gradient, inverse
+from ._value_and_grad import CycleOutput, finish_output
+
+
+class StateKind:
+    """How a step reads and writes a kind of train state."""
+
+    def check(self, state: Any) -> None:
+        raise NotImplementedError
+
+    def read(self, state: Any, key: jax.Array | None) -> tuple[PyTree, PyTree, Any]:
+        """Its parameters, its model state, and the key of the next cycle."""
+        raise NotImplementedError
+
+    def apply(self, state: Any, grads: PyTree, loss: jax.Array) -> Any:
+        """The state after an update, its model state apart."""
+        raise NotImplementedError
+
+    def skip(self, state: Any) -> Any:
+        """The state after a cycle that changes nothing."""
+        raise NotImplementedError
+
+    def with_model_state(self, state: Any, model_state: PyTree) -> Any:
+        raise NotImplementedError
+
+    def updates(self, state: Any) -> jax.Array:
+        """How many updates there have been."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step, not jitted: `step(state, batch, *args, key=None, num_microbatches=None)`.
+
+    Attributes:
+        kind: how the state is read and written.
+        settings: those of the cycle.
+        parallel: the devices, if the step is to divide the batch over them itself.
+        nonfinite: what becomes of a cycle whose gradient is not finite.
+    """
+
+    kind: StateKind
+    settings: CycleSettings
+    parallel: DataParallel | None
+    nonfinite: str
+
+    def __post_init__(self):
+        if self.nonfinite not in ("skip_cycle", "propagate"):
+            raise ValueError(
+                f"nonfinite={self.nonfinite!r} must be 'skip_cycle' or 'propagate'. "
+                "(Leaving out single micro-batches would need the gradient of each, "
+                "which this step never holds.)"
+            )
+
+    def __call__(self, state, batch, *args, key=None, num_microbatches=None):
+        self.kind.check(state)
+        params, model_state, key = self.kind.read(state, key)
+        cycle = (
+            self._cycle if self.parallel is None else self.parallel.divide(self._cycle)
+        )
+        sums, grads = cycle(batch, (params, args, model_state, key, num_microbatches))
+        output = finish_output(sums, None)
+        norm = optax.tree.norm(jax.tree.map(as_total, grads.total))
+        good = _is_good(output.weights, norm, self.nonfinite)
+        # The summed gradient is only read in the branch that divides it: divided before
+        # it, or handed through, it would need a second buffer.
+        new = jax.lax.cond(
+            good,
+            lambda old: self.kind.apply(old, divide_gradient(grads), output.loss),
+            self.kind.skip,
+            state,
+        )
+        model_state = _select(good, output.model_state, model_state)
+        new = self.kind.with_model_state(new, model_state)
+        return new, _record(
+            output,
+            has_terms=isinstance(sums.loss, dict),
+            grad_norm=norm * inverse(grads.weight, norm.dtype),
+            update=self.kind.updates(new),
+            skipped=1 - good.astype(jnp.int32),
+        )
+
+    def _cycle(self, batch, whole):
+        params, args, model_state, key, num_microbatches = whole
+        cycle = Cycle(
+            self.settings,
+            params,
+            batch,
+            args,
+            model_state=model_state,
+            key=key,
+            num_microbatches=num_microbatches,
+        )
+        return cycle.run(reduce=True)
+
+
+def jit_step(step: Step, axis_name: AxisNames | None, donate: bool) -> Callable:
+    """Jits a step, unless it is for the caller's own `pmap` or `shard_map`."""
+    if axis_name is not None:
+        return step.__call__
+
+    def train_step(state, batch, *args, key=None, num_microbatches=None):
+        return step(state, batch, *args, key=key, num_microbatches=num_microbatches)
+
+    return jax.jit(train_step, donate_argnums=(0,) if donate else ())
+
+
+def parallel_axis(
+    parallel: DataParallel | None, axis_name: AxisNames | None
+) -> AxisNames | None:
+    """The axis that a step's cycle merges over."""
+    if parallel is None:
+        return axis_name
+    if not isinstance(parallel, DataParallel):
+        raise TypeError(
+            f"parallel is {describe(parallel)}; it must be a jaxga.DataParallel(mesh)."
+        )
+    if axis_name is not None:
+        raise ValueError(
+            f"parallel and axis_name={axis_name!r} exclude each other: with parallel "
+            "the step makes its own shard_map, with axis_name it is called in yours."
+        )
+    return parallel.axes
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """An optimizer's new state in the dtypes that `init` gave it."""
+
+    def cast(leaf, like):
+        same = getattr(leaf, "dtype", None) == getattr(like, "dtype", None)
+        return leaf if same else jnp.asarray(leaf, like.dtype)
+
+    return jax.tree.map(cast, tree, like)
+
+
+def add_note_on_dtypes(error: TypeError, grads: PyTree, params: PyTree) -> None:
+    """Says what to do where an optimizer cannot mix dtypes."""
+    dtypes = [
+        {leaf.dtype for leaf in jax.tree.leaves(tree)} for tree in (grads, params)
+    ]
+    if dtypes[0] != dtypes[1]:
+        error.add_note(
+            "jaxga: gradients are handed to the optimizer in the dtype in which they "
+            "were summed, float32 for bfloat16 parameters, and this transformation "
+            "cannot mix the two. Put optax.stateless(lambda updates, params: "
+            "optax.tree.cast_like(updates, params)) before it in an optax.chain."
+        )
+
+
+def _is_good(weights, norm, nonfinite):
+    """Whether a cycle is applied: it has a weight, and is finite if that is asked."""
+    weights = jnp.stack([jnp.asarray(w, jnp.float32) for w in weights.values()])
+    has_weight = (weights != 0).any()
+    if nonfinite == "propagate":
+        return has_weight
+    # A negative weight is a count that ran over; NaN compares false.
+    return has_weight & jnp.isfinite(norm) & (weights >= 0).all()
+
+
+def _select(good, new, old):
+    """A model state or the one before; a leaf that nothing touched as it is."""
+
+    def select(new, old):
+        return new if new is old else jnp.where(good, new, old)
+
+    return jax.tree.map(select, new, old)
+
+
+def _record(output: CycleOutput, has_terms: bool, **counts) -> dict[str, Any]:
+    """One record per update, each name once."""
+    metrics = {} if output.metrics is None else output.metrics
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"loss_fn returned metrics of type {type(metrics).__name__}; a training "
+            "step needs a dict of metrics by name."
+        )
+    weights = output.weights if len(output.weights) > 1 else output.weight
+    record = {"loss": output.loss, "weight": weights} | counts
+    terms = output.terms if has_terms else {}
+    if list(terms) == ["loss"]:
+        terms = {}  # the only term is the objective
+    for what, entries in (("term", terms), ("metric", metrics)):
+        for name, value in entries.items():
+            if name in record:
+                raise ValueError(
+                    f"The {what} {name!r} has the name of another entry of the step's "
+                    f"record, {sorted(record)}. Give it another name."
+                )
+            record[name] = value
+    return record

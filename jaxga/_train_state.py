@@ -1,0 +1,98 @@
+"""All that a training run changes."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._checks import PyTree, describe
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a training run changes. Make one with `TrainState.create`.
+
+    Attributes:
+        params: the parameters.
+        opt_state: the optimizer's state.
+        model_state: what the forward pass changes (batch statistics); None without.
+        key: random key of the run, never advanced: a step folds it with the number of
+            cycles so far. None without.
+        loss_scale: not built yet; None.
+        noise_scale: not built yet; None.
+        update: int32 scalar, optimizer updates so far.
+        skipped: int32 scalar, cycles so far that changed nothing, because their
+            gradient was not finite or no weight arrived.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+    model_state: PyTree
+    key: jax.Array | None
+    loss_scale: Any
+    noise_scale: Any
+    update: jax.Array
+    skipped: jax.Array
+
+    @classmethod
+    def create(
+        cls,
+        params: PyTree,
+        tx: optax.GradientTransformation,
+        *,
+        model_state: PyTree = None,
+        key: jax.Array | None = None,
+        loss_scale: Any = None,
+        noise_scale: Any = None,
+    ) -> "TrainState":
+        """A state before the first update.
+
+        Args:
+            params: pytree of floating-point arrays.
+            tx: the optimizer, an optax gradient transformation.
+            model_state: what the forward pass changes, if anything.
+            key: a random key for the run, if the loss function takes `key=`.
+            loss_scale: not built yet.
+            noise_scale: not built yet.
+
+        Raises:
+            TypeError: `tx` is no gradient transformation.
+            NotImplementedError: `loss_scale` or `noise_scale` is given.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import jaxga
+            >>> import optax
+            >>> state = jaxga.TrainState.create(jnp.zeros(3), optax.adam(1e-3))
+            >>> print(state.update, state.skipped)
+            0 0
+        """
+        check_tx(tx)
+        for name, value in {
+            "loss_scale": loss_scale,
+            "noise_scale": noise_scale,
+        }.items():
+            if value is not None:
+                raise NotImplementedError(f"{name}= is not built yet; leave it out.")
+        return cls(
+            params=params,
+            opt_state=tx.init(params),
+            model_state=model_state,
+            key=key,
+            loss_scale=None,
+            noise_scale=None,
+            update=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
+        )
+
+
+def check_tx(tx: Any) -> None:
+    """Refuses what is no optax gradient transformation."""
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"tx is {describe(tx)}; it must be an optax gradient transformation, "
+            "optax.adamw(1e-3), say."
+        )
