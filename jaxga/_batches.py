@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._checks import PyTree, check_count, describe, place
+from ._checks import PyTree, check_array, check_count, describe, place
 
 
 def count_rows(batch: PyTree, name: str = "batch") -> int:
@@ -42,6 +42,13 @@ def count_rows(batch: PyTree, name: str = "batch") -> int:
     if first[1][0] == 0:
         raise ValueError(f"{first[0]} has shape {first[1]}: the batch has no rows.")
     return first[1][0]
+
+
+def as_rows(batch: PyTree) -> PyTree:
+    """The leaves as JAX arrays."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: check_array(f"batch{place(path)}", leaf), batch
+    )
 
 
 def count_microbatches(
@@ -129,4 +136,7 @@ def pad_batch(
     source = microbatch * (rows // accum_steps) + entry
     mask = source < real
     source = np.where(mask, source, 0)
+    for path, leaf in jax.tree.leaves_with_path(batch):
+        if not isinstance(leaf, np.ndarray):
+            check_array(f"batch{place(path)}", leaf)
     return jax.tree.map(lambda leaf: leaf[source], batch), mask

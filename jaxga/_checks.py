@@ -1,25 +1,51 @@
 """Checks of what a user passed, and words for the messages."""
 
 import operator
+import reprlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 PyTree = Any
 
+_SHORT = reprlib.Repr()
+_SHORT.maxother = _SHORT.maxstring = 200
+
 
 def describe(value: Any) -> str:
     """A value in a few words."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    if is_array and not isinstance(value, type):
         return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
-    return f"{value!r} of type {type(value).__name__}"
+    return f"{_SHORT.repr(value)} of type {type(value).__name__}"
+
+
+def name_of_type(value: Any) -> str:
+    """The type of a value, with its module: two libraries have a `TrainState`."""
+    kind = type(value)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{module}{kind.__qualname__}"
 
 
 def place(path) -> str:
     """Where in a tree a leaf stands, as `['a'][0].b`."""
     return jax.tree_util.keystr(path)
+
+
+def check_array(name: str, value: Any) -> jax.Array:
+    """Refuses what JAX cannot hold: strings, objects, shapes without values."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{name} is {value!r}, a shape without values. To plan with shapes, call "
+            "through jax.eval_shape, or use .lower of the jitted function."
+        )
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is {describe(value)}, not an array of JAX.") from error
 
 
 def check_numbers(name: str, value: ArrayLike) -> jax.Array:
@@ -31,6 +57,30 @@ def check_numbers(name: str, value: ArrayLike) -> jax.Array:
     except (TypeError, ValueError):
         pass
     raise TypeError(f"{name} is {describe(value)}; it must be an array of numbers.")
+
+
+def check_real(name: str, value: ArrayLike) -> jax.Array:
+    """Refuses what is no array of real numbers or booleans."""
+    array = check_numbers(name, value)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{name} is of dtype {array.dtype}; it must be real.")
+    return array
+
+
+def check_constant_weight(name: str, value: Any) -> None:
+    """Refuses a weight of which it is known here that it is none."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not np.isfinite(value):
+        raise ValueError(f"{name} is the constant {value}, which is not finite.")
+    if value < 0:
+        raise ValueError(f"{name} is the constant {value}; it must not be negative.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuses what is neither True nor False: "no" would count as true."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}={value!r} must be True or False.")
 
 
 def check_count(name: str, value: Any, at_least: int = 1) -> int:

@@ -9,16 +9,16 @@ from jax import lax
 
 from ._accumulators import accumulate_gradients
 from ._axes import axes_in_scope, varying, varying_axes
-from ._batches import count_microbatches, count_rows, take_microbatch
+from ._batches import as_rows, count_microbatches, count_rows, take_microbatch
 from ._checks import PyTree
 from ._cycle_settings import (
     CycleSettings,
-    check_keywords,
+    check_arguments,
     check_num_microbatches,
 )
 from ._forward import Forward
 from ._keys import check_key, keys_of_rows, microbatch_key, row_ids
-from ._loss import LossOutput, read_loss, terms_of, words_for
+from ._loss import LossOutput, read_loss, terms_of
 from ._merge import is_merge_type
 from ._model_state import ModelState
 from ._params import (
@@ -27,6 +27,7 @@ from ._params import (
     dtype_of_sum,
     warn_of_swamping,
 )
+from ._summed_already import check_metrics_differ, check_terms_differ
 from ._sums import WeightedSum, inverse
 from ._term_weights import (
     ROWS,
@@ -54,7 +55,9 @@ class Cycle:
         self.settings, self.args, self.key = settings, args, key
         self.axes = axes_in_scope(settings.axis_name)
         check_key(key, settings.per_example_keys)
-        check_keywords(settings.loss_fn, key=key, model_state=model_state)
+        keywords = {"key": key, "model_state": model_state}
+        given = {name for name, value in keywords.items() if value is not None}
+        check_arguments(settings.loss_fn, len(args), given)
         self.accum_steps = count_microbatches(
             batch, settings.accum_steps, settings.microbatch_size
         )
@@ -69,7 +72,7 @@ class Cycle:
         self.sum_dtypes = [dtype_of_sum(leaf, settings.accum_dtype) for leaf in leaves]
         self.grad_dtypes = list(map(dtype_of_gradient, leaves, self.sum_dtypes))
         self.state = ModelState(model_state, settings.model_state_merge, self.axes)
-        self.rows = {"batch": jax.tree.map(jnp.asarray, batch)}
+        self.rows = {"batch": as_rows(batch)}
         if settings.per_example_keys:
             self.rows["id"] = row_ids(count_rows(batch), self.axes)
 
@@ -213,27 +216,16 @@ class Cycle:
         if not self.axes:
             return
         every = frozenset(self.axes)
-        totals, (weights, _, state) = self.forward.data_flow(
+        totals, (weights, metrics, state) = self.forward.data_flow(
             {
                 ROWS: [every for _ in jax.tree.leaves(self.rows)],
                 STATE: self.state.differs(),
             },
             data=ROWS,
         )
-        for what, flows in (("total", totals), ("weight", weights)):
-            for name, (differs, from_data) in terms_of(flows).items():
-                if from_data and not every <= differs:
-                    raise ValueError(_summed_already(what, name, every - differs))
-        self.state.check_agreement([differs for differs, _ in state])
-
-
-def _summed_already(what, name, axes):
-    return (
-        f"The {what} of {words_for(name)} is the same on all devices of "
-        f"{sorted(axes)}: loss_fn has summed or gathered it over them already (psum, "
-        "pmean, all_gather). It would be counted once for every device. Return the sum "
-        "over this device's own rows; the cycle sums over the devices, once."
-    )
+        check_terms_differ(terms_of(totals), terms_of(weights), every)
+        check_metrics_differ(metrics, every)
+        self.state.check_agreement([flow.differs for flow in state])
 
 
 def _map(function, tree, *rest):

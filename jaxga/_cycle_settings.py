@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._axes import check_axis_name
-from ._checks import check_count, describe
+from ._checks import check_count, check_flag, describe
 from ._model_state import check_rule
 from ._params import check_accum_dtype
 
@@ -38,7 +38,9 @@ class CycleSettings:
                 "Give exactly one of accum_steps (micro-batches per update) and "
                 f"microbatch_size (rows per micro-batch); got {passed}."
             )
-        check_count(given[0], sizes[given[0]])
+        # As Python's int: a JAX scalar would be traced where it is compared.
+        object.__setattr__(self, given[0], check_count(given[0], sizes[given[0]]))
+        check_flag("per_example_keys", self.per_example_keys)
         object.__setattr__(self, "axis_name", check_axis_name(self.axis_name))
         object.__setattr__(self, "accum_dtype", check_accum_dtype(self.accum_dtype))
         check_rule(self.model_state_merge)
@@ -66,18 +68,27 @@ def check_num_microbatches(num, accum_steps):
     return jnp.clip(num, 0, accum_steps).astype(jnp.int32)
 
 
-def check_keywords(loss_fn, **given):
-    """Refuses a key or a model state that the loss function has no argument for."""
+def check_arguments(loss_fn: Callable, num_args: int, keywords: set[str]) -> None:
+    """Refuses to call a loss function with other arguments than it takes."""
     try:
-        parameters = inspect.signature(loss_fn).parameters
+        signature = inspect.signature(loss_fn)
     except (TypeError, ValueError):
         return  # a callable without a signature: Python will say it
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    for name, value in given.items():
-        if value is not None and name not in parameters:
+    names = ", ".join(signature.parameters)
+    kinds = {p.kind for p in signature.parameters.values()}
+    for name in sorted(keywords):
+        takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+        if name not in signature.parameters and not takes_all:
             raise TypeError(
                 f"{name}= was given to the cycle, which hands it to loss_fn as "
-                f"{name}=, but loss_fn has no argument of that name: "
-                f"{', '.join(parameters)}."
+                f"{name}=, but loss_fn has no argument of that name: {names}."
             )
+    try:
+        signature.bind(*range(2 + num_args), **dict.fromkeys(keywords))
+    except TypeError as error:
+        call = ["params", "microbatch", *["..."] * num_args, *sorted(keywords)]
+        raise TypeError(
+            f"loss_fn({names}) cannot be called as loss_fn({', '.join(call)}): "
+            f"{error}. Give the cycle what is missing: cycle(params, batch, *args, "
+            "key=..., model_state=...)."
+        ) from error

@@ -2,18 +2,13 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
 from ._checks import PyTree
-
-# What is the same on every device afterwards, whatever went in.
-_AGREEING = {"psum", "psum_invariant", "pmax", "pmin", "all_gather"}
-_AGREEING |= {"pmax_invariant", "pmin_invariant", "all_gather_invariant"}
-_LOOPS = {"scan", "while", "cond"}
+from ._data_flow import Flow, follow
 
 
 class Forward:
@@ -54,16 +49,13 @@ class Forward:
             data: the index of the argument that holds the data.
 
         Returns:
-            The outputs' tree with pairs for leaves: the axes over which it may differ,
-            and whether it was made from the data.
+            The outputs' tree with a `Flow` for every leaf.
         """
-        flow = {}
-        for arg in range(len(self._leaves_per_arg)):
-            inputs = self._inputs(arg)
-            axes = differs.get(arg, [frozenset()] * len(inputs))
-            for var, over in zip(inputs, axes, strict=True):
-                flow[var] = (over, arg == data)
-        outputs = _follow(self._closed.jaxpr, flow)
+        flows = []
+        for arg, num_leaves in enumerate(self._leaves_per_arg):
+            axes = differs.get(arg, [frozenset()] * num_leaves)
+            flows += [Flow(over, arg == data) for over in axes]
+        outputs = follow(self._closed.jaxpr, flows)
         return jax.tree.unflatten(jax.tree.structure(self.shapes), outputs)
 
     def _inputs(self, arg):
@@ -88,47 +80,3 @@ class Pruned:
         """The wanted outputs, as a flat list."""
         leaves = itertools.compress(jax.tree.leaves(args), self._used)
         return core.jaxpr_as_fun(self._closed)(*leaves)
-
-
-def _follow(jaxpr: Any, flow: dict) -> list[tuple[frozenset[str], bool]]:
-    """What `data_flow` says, for the outputs of one jaxpr."""
-
-    def of(atom):
-        return flow.get(atom, _NOTHING) if isinstance(atom, core.Var) else _NOTHING
-
-    for equation in jaxpr.eqns:
-        inputs = [of(atom) for atom in equation.invars]
-        outputs = _follow_call(equation, inputs)
-        if outputs is None:
-            outputs = [_follow_primitive(equation, inputs)] * len(equation.outvars)
-        flow.update(zip(equation.outvars, outputs, strict=True))
-    return [of(atom) for atom in jaxpr.outvars]
-
-
-_NOTHING = (frozenset(), False)
-
-
-def _follow_primitive(equation, inputs):
-    axes = frozenset().union(*(differs for differs, _ in inputs))
-    from_data = any(is_data for _, is_data in inputs)
-    name, params = equation.primitive.name, equation.params
-    if name == "axis_index":
-        axes |= {params["axis_name"]}
-    if name in _AGREEING and params.get("axis_index_groups") is None:
-        over = params.get("axes", params.get("axis_name", ()))
-        axes -= frozenset(over if isinstance(over, tuple) else (over,))
-    return axes, from_data
-
-
-def _follow_call(equation, inputs):
-    """Into functions that are called once with the equation's own inputs."""
-    if equation.primitive.name in _LOOPS:
-        return None
-    inner = [p for p in equation.params.values() if hasattr(p, "eqns")]
-    if len(inner) != 1:
-        return None
-    jaxpr = getattr(inner[0], "jaxpr", inner[0])
-    arity = (len(jaxpr.invars), len(jaxpr.outvars))
-    if arity != (len(equation.invars), len(equation.outvars)):
-        return None
-    return _follow(jaxpr, dict(zip(jaxpr.invars, inputs, strict=True)))

@@ -50,4 +50,5 @@ def _is_single_key(key):
         return False
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key.ndim == 0
-    return key.ndim == 1 and key.dtype == jnp.uint32
+    raw = jax.eval_shape(jax.random.PRNGKey, 0)
+    return key.shape == raw.shape and key.dtype == raw.dtype

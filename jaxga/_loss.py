@@ -7,10 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import PyTree, describe, place
+from ._checks import (
+    PyTree,
+    check_constant_weight,
+    check_numbers,
+    check_real,
+    describe,
+    place,
+)
 from ._dtypes import as_total, as_weight
 from ._merge import MergeType, is_merge_type, not_a_merge_type
-from ._metrics import Stack
+from ._metrics import Max, Min, Stack
 from ._sums import WeightedSum
 
 _CONTRACT = (
@@ -69,7 +76,8 @@ def read_loss(returned: Any, with_state: bool) -> LossOutput:
     if output.model_state is not None and not with_state:
         raise ValueError(
             "loss_fn returned a model_state, but none was given to the cycle: it would "
-            "be lost. Pass it in, as cycle(params, batch, model_state=...)."
+            "be lost. Pass it in, as cycle(params, batch, model_state=...); for a step "
+            "on Flax's TrainState, name its field in mutable=."
         )
     metrics = jax.tree.map_with_path(
         _read_metric, output.metrics, is_leaf=is_merge_type
@@ -109,8 +117,8 @@ def _read_term(words, term):
             f"The total of {words} is of dtype {total.dtype}, which has no gradient; "
             "it must be floating point."
         )
-    if jnp.issubdtype(weight.dtype, jnp.complexfloating):
-        raise TypeError(f"The weight of {words} is of dtype {weight.dtype}.")
+    check_real(f"The weight of {words}", weight)
+    check_constant_weight(f"The weight of {words}", term.weight)
     return WeightedSum(as_total(total), as_weight(weight))
 
 
@@ -134,19 +142,26 @@ def _read_metric(path, metric):
     if not isinstance(metric, MergeType):
         raise TypeError(not_a_merge_type(words, metric))
     for leaf in jax.tree.leaves(metric):
-        if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
             raise TypeError(f"{words} holds random keys, which do not merge.")
     if isinstance(metric, WeightedSum):
-        if jnp.ndim(metric.weight):
-            raise ValueError(
-                f"The weight of {words} has shape {jnp.shape(metric.weight)}; it must "
-                "be a scalar: one weight for the whole metric."
-            )
-        return WeightedSum(
-            jax.tree.map(as_total, metric.total), as_weight(metric.weight)
-        )
+        return _read_mean(words, metric)
+    check = check_real if isinstance(metric, Max | Min) else check_numbers
+    value = check(words, metric.value)
     if not isinstance(metric, Stack):
-        return type(metric)(metric.finalize())
+        return type(metric)(type(metric)(value).finalize())
     if metric.stacked:
         raise ValueError(f"{words} is a Stack already merged; return Stack(value).")
-    return Stack(jnp.asarray(metric.value))
+    return Stack(value)
+
+
+def _read_mean(words, metric):
+    weight = check_real(f"The weight of {words}", metric.weight)
+    if weight.ndim:
+        raise ValueError(
+            f"The weight of {words} has shape {weight.shape}; it must be a scalar: one "
+            "weight for the whole metric."
+        )
+    for leaf in jax.tree.leaves(metric.total):
+        check_numbers(f"The total of {words}", leaf)
+    return WeightedSum(jax.tree.map(as_total, metric.total), as_weight(weight))

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ._axes import full_of_type
 from ._checks import PyTree, describe, place
@@ -30,6 +31,15 @@ class MergeType:
         )
 
     __radd__ = __add__
+
+    def __sub__(self, other):
+        raise TypeError(
+            f"{type(self).__name__} cannot be subtracted. To subtract a term of a "
+            'loss, return both as a dict, {"cross_entropy": a, "entropy": -0.1 * b}: '
+            "each is then divided by its own weight."
+        )
+
+    __rsub__ = __sub__
 
 
 def merge(a: PyTree, b: PyTree) -> PyTree:
@@ -61,6 +71,7 @@ def merge(a: PyTree, b: PyTree) -> PyTree:
             raise TypeError(not_a_merge_type(f"merge: a{place(path)}", x))
         return x.merge(y)
 
+    _check_same_structure(a, b, is_merge_type)
     return jax.tree.map_with_path(join, a, b, is_leaf=is_merge_type)
 
 
@@ -77,9 +88,26 @@ def not_a_merge_type(place: str, value: Any) -> str:
     )
 
 
-def check_same_type(a, b):
+def check_same_kind(a: MergeType, b: MergeType) -> None:
+    """Refuses parts of different metrics. JAX would broadcast their shapes."""
     if type(a) is not type(b):
         raise TypeError(
             f"merge: {type(a).__name__} cannot be merged with {type(b).__name__}: both "
             "sides must be of one type."
+        )
+    _check_same_structure(a, b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.shape(x) != jnp.shape(y):
+            raise ValueError(
+                f"merge: {type(a).__name__}s of the shapes {jnp.shape(x)} and "
+                f"{jnp.shape(y)}; both sides must have the same shape."
+            )
+
+
+def _check_same_structure(a, b, is_leaf=None):
+    structures = [jax.tree.structure(tree, is_leaf) for tree in (a, b)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"merge: both sides must have the same structure, not {structures[0]} and "
+            f"{structures[1]}."
         )

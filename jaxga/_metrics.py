@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from ._axes import AxisNames, full_of_type
 from ._dtypes import as_sum
-from ._merge import MergeType, check_same_type
+from ._merge import MergeType, check_same_kind
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +22,7 @@ class _Elementwise(MergeType):
 
     def merge(self, other):
         """Joins two parts of the data."""
-        check_same_type(self, other)
+        check_same_kind(self, other)
         return type(self)(self._join(self.finalize(), other.finalize()))
 
     def all_reduce(self, axis_name: AxisNames):
@@ -123,7 +123,7 @@ class Stack(MergeType):
 
     def merge(self, other: "Stack") -> "Stack":
         """Joins two parts of the data, this one first."""
-        check_same_type(self, other)
+        check_same_kind(Stack(self.finalize()[0]), Stack(other.finalize()[0]))
         return Stack(jnp.concatenate([self.finalize(), other.finalize()]), True)
 
     def all_reduce(self, axis_name: AxisNames) -> "Stack":

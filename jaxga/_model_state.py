@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import varying, varying_axes
-from ._checks import PyTree, describe, place
+from ._checks import PyTree, check_array, check_real, describe, place
 from ._dtypes import as_total
 from ._metrics import Max
 from ._sums import WeightedSum
@@ -45,7 +45,10 @@ class ModelState:
     def __init__(self, tree: PyTree, rule: str | Mapping[str, str], axes: tuple):
         self.tree, self.axes = tree, axes
         self.rules = _rule_of_each_leaf(tree, rule)
-        self.leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+        self.leaves = [
+            check_array(f"model_state{place(path)}", leaf)
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        ]
         self.first = [_varying_if_real(leaf, axes) for leaf in self.leaves]
         self.merges = {
             i: _MERGES[rule](leaf) if _is_real(leaf) else _AsLeft(leaf, rule)
@@ -155,6 +158,7 @@ class _Max(_Mean):
     """Each micro-batch starts from the first state; the largest of the results."""
 
     def start(self):
+        check_real("model_state under the rule 'max'", self.first)
         return Max(jnp.full_like(self.first, -jnp.inf))
 
     def put(self, part, new, present):
@@ -208,12 +212,12 @@ def _rule_of_each_leaf(tree, rule):
     if isinstance(rule, str):
         return [rule for _ in leaves]
     keys = [getattr(path[0], "key", None) if path else None for path, _ in leaves]
-    unknown = sorted(set(rule) - set(keys))
+    unknown = sorted(set(rule) - set(keys), key=str)
     if unknown:
         raise ValueError(
             f"model_state_merge={dict(rule)!r} gives rules by top-level key, but "
             f"model_state has no {' and '.join(map(repr, unknown))}; it has "
-            f"{sorted(set(map(str, keys)))}."
+            + (f"{sorted(set(map(str, keys)))}." if any(keys) else "no top-level keys.")
         )
     return [rule.get(key, "carry") for key in keys]
 
@@ -233,7 +237,7 @@ def check_unchanged(old: PyTree, new: PyTree) -> list[jax.Array]:
             + (f": {jax.tree.structure(new)} for {jax.tree.structure(old)}.")
         )
     for path in before:
-        had, has = jnp.asarray(before[path]), jnp.asarray(after[path])
+        had, has = (check_array(f"model_state{path}", x[path]) for x in (before, after))
         if had.shape != has.shape or had.dtype != has.dtype:
             raise ValueError(
                 f"model_state{path} changed from shape {had.shape}, {had.dtype}, to "

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._axes import AxisNames, check_axis_name
 from ._batches import count_rows
-from ._checks import PyTree, describe
+from ._checks import PyTree, check_array, describe, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ class DataParallel:
                 f"mesh is {describe(self.mesh)}; it must be a jax.sharding.Mesh, as "
                 'jax.make_mesh((jax.device_count(),), ("data",)) gives it.'
             )
-        for name in check_axis_name(self.axis) or ():
+        self._check_axis()
+        for name in self.axes:
             if name not in self.mesh.axis_names:
                 raise ValueError(
                     f"axis={self.axis!r}, but the mesh has the axes "
@@ -64,8 +66,20 @@ class DataParallel:
             raise ValueError(f"axis={self.axis!r} names no axis of the mesh.")
         self._check_built()
 
+    def _check_axis(self):
+        try:
+            check_axis_name(self.axis)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"DataParallel: axis={self.axis!r} must be a name, or a tuple of "
+                "names, each once."
+            ) from error
+
     def _check_built(self):
-        if isinstance(self.zero, bool) or self.zero not in range(4):
+        is_count = (
+            isinstance(self.zero, int | np.integer) and type(self.zero) is not bool
+        )
+        if not is_count or self.zero not in range(4):
             raise ValueError(f"zero={self.zero!r} must be 0, 1, 2 or 3.")
         for name in ("zero", "gather_once", "overlap_last"):
             if getattr(self, name):
@@ -95,7 +109,7 @@ class DataParallel:
             The same tree. As with `jax.device_put`, arrays that lie there already are
             not copied: a step that donates the state deletes them.
         """
-        return jax.tree.map(self._place_whole, state)
+        return jax.tree.map_with_path(self._place_whole, state)
 
     def shard_batch(self, batch: PyTree) -> PyTree:
         """Divides the rows of a batch over the devices.
@@ -113,6 +127,9 @@ class DataParallel:
         """
         sharding = NamedSharding(self.mesh, PartitionSpec(self.axes))
         self._check_rows(batch, jax.process_count())
+        for path, leaf in jax.tree.leaves_with_path(batch):
+            if isinstance(leaf, np.ndarray):
+                check_array(f"batch{place(path)}", leaf[:0])  # moves nothing
         if jax.process_count() == 1:
             return jax.device_put(batch, sharding)
         return jax.tree.map(
@@ -170,13 +187,13 @@ class DataParallel:
             return jax.sharding.reshard(batch, sharding)
         return jax.lax.with_sharding_constraint(batch, sharding)
 
-    def _place_whole(self, leaf):
+    def _place_whole(self, path, leaf):
         sharding = getattr(leaf, "sharding", None)
         if not (isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh):
             sharding = NamedSharding(self.mesh, PartitionSpec())
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return jax.device_put(leaf, sharding)
+        return jax.device_put(check_array(f"state{place(path)}", leaf), sharding)
 
 
 def _product(numbers):

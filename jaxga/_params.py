@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
-from ._checks import PyTree, describe, place
+from ._checks import PyTree, check_array, describe, place
 from ._dtypes import at_least_float32
 
 
@@ -27,13 +28,18 @@ def _check_leaf(words, leaf):
             f"{words} is {describe(leaf)}, not an array. Keep what is no parameter "
             "out of params: pass it as a further argument, or close over it."
         )
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufcV":
+        raise TypeError(
+            f"{words} is of dtype {leaf.dtype}, which JAX does not hold. Keep it out "
+            "of params: pass it as a further argument, or close over it."
+        )
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"{words} is of dtype {dtype}, which has no gradient. Keep it out of "
             "params: pass it as a further argument, or as model_state."
         )
-    return jnp.asarray(leaf)
+    return check_array(words, leaf)
 
 
 def check_accum_dtype(accum_dtype: DTypeLike | None) -> jnp.dtype | None:
@@ -47,6 +53,10 @@ def check_accum_dtype(accum_dtype: DTypeLike | None) -> jnp.dtype | None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{accum_dtype=} must be floating point; gradients have fractions."
+        )
+    if jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"{accum_dtype=} ({dtype}) is too narrow for a sum; use bfloat16 or wider."
         )
     if dtype == jnp.float64 and not jax.config.jax_enable_x64:
         raise ValueError(

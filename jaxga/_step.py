@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ._axes import AxisNames
-from ._checks import PyTree, describe
+from ._checks import PyTree, check_flag, describe
 from ._cycle import Cycle
 from ._cycle_settings import CycleSettings
 from ._dtypes import as_total
@@ -75,6 +75,7 @@ class Step:
             self._cycle if self.parallel is None else self.parallel.divide(self._cycle)
         )
         sums, grads = cycle(batch, (params, args, model_state, key, num_microbatches))
+        _check_names(sums.metrics)
         output = finish_output(sums, None)
         norm = optax.tree.norm(jax.tree.map(as_total, grads.total))
         good = _is_good(output.weights, norm, self.nonfinite)
@@ -112,6 +113,7 @@ class Step:
 
 def jit_step(step: Step, axis_name: AxisNames | None, donate: bool) -> Callable:
     """Jits a step, unless it is for the caller's own `pmap` or `shard_map`."""
+    check_flag("donate", donate)
     if axis_name is not None:
         return step.__call__
 
@@ -182,14 +184,21 @@ def _select(good, new, old):
     return jax.tree.map(select, new, old)
 
 
-def _record(output: CycleOutput, has_terms: bool, **counts) -> dict[str, Any]:
-    """One record per update, each name once."""
-    metrics = {} if output.metrics is None else output.metrics
-    if not isinstance(metrics, Mapping):
+def _check_names(metrics: PyTree) -> None:
+    """Refuses metrics that a record has no names for."""
+    if not isinstance(metrics, Mapping | None):
         raise TypeError(
             f"loss_fn returned metrics of type {type(metrics).__name__}; a training "
             "step needs a dict of metrics by name."
         )
+    for name in metrics or ():
+        if not isinstance(name, str):
+            raise TypeError(f"loss_fn returned a metric named {name!r}; use a string.")
+
+
+def _record(output: CycleOutput, has_terms: bool, **counts) -> dict[str, Any]:
+    """One record per update, each name once."""
+    metrics = output.metrics or {}
     weights = output.weights if len(output.weights) > 1 else output.weight
     record = {"loss": output.loss, "weight": weights} | counts
     terms = output.terms if has_terms else {}

@@ -5,13 +5,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
 from ._axes import AxisNames
-from ._checks import PyTree, check_numbers
+from ._checks import PyTree, check_numbers, check_real, describe
 from ._dtypes import as_weight, at_least_float32
-from ._merge import MergeType, check_same_type
+from ._merge import MergeType, check_same_kind
 
 _MAX_COUNT = 2**31 - 1
 
@@ -118,7 +119,7 @@ class WeightedSum(MergeType):
             >>> print(jaxga.WeightedSum.from_mean(2.5, 4).total)
             10.0
         """
-        mean, weight = check_numbers("mean", mean), check_numbers("weight", weight)
+        mean, weight = check_numbers("mean", mean), check_real("weight", weight)
         if weight.ndim:
             raise ValueError(
                 f"WeightedSum.from_mean: weight has shape {weight.shape}; it must be "
@@ -133,7 +134,7 @@ class WeightedSum(MergeType):
 
     def merge(self, other: "WeightedSum") -> "WeightedSum":
         """Joins two parts of the data: totals add, and so do weights."""
-        check_same_type(self, other)
+        check_same_kind(self, other)
         total = jax.tree.map(jnp.add, self.total, other.total)
         return WeightedSum(total, jnp.add(self.weight, other.weight))
 
@@ -159,11 +160,17 @@ class WeightedSum(MergeType):
 
     def __mul__(self, factor) -> "WeightedSum":
         """Scales a term of a loss: the total, not the weight."""
-        if jnp.ndim(factor):
+        vectors = list | tuple | np.ndarray | jax.Array
+        if isinstance(factor, vectors) and np.shape(factor):
             raise TypeError(
-                f"A WeightedSum can be scaled by a scalar only; the factor has shape "
-                f"{jnp.shape(factor)}. To weigh entries one by one, use "
+                "A WeightedSum can be scaled by a scalar only; the factor has shape "
+                f"{np.shape(factor)}. To weigh entries one by one, use "
                 "WeightedSum.of(values, weights=...)."
+            )
+        if not isinstance(factor, int | float | np.generic | np.ndarray | jax.Array):
+            raise TypeError(
+                "A WeightedSum can be scaled by a scalar only. The factor is "
+                f"{describe(factor)}; it must be an array of numbers."
             )
         scaled = jax.tree.map(lambda total: factor * total, self.total)
         return WeightedSum(scaled, self.weight)
@@ -176,6 +183,8 @@ class WeightedSum(MergeType):
             "cycle. Do not divide a loss by the number of micro-batches, tokens or "
             "devices. To scale a term, multiply: 0.5 * a."
         )
+
+    __floordiv__ = __rtruediv__ = __truediv__
 
 
 def inverse(weight: jax.Array, dtype) -> jax.Array:
@@ -236,12 +245,19 @@ def _broadcast_where(where, shape):
 def _broadcast(name, array, shape):
     if array is None:
         return None
-    array = check_numbers(name, array)
+    array = check_real(name, array)
     try:
-        return jnp.broadcast_to(array, shape)
+        broadcast = jnp.broadcast_to(array, shape)
     except ValueError as error:
         raise ValueError(
             f"WeightedSum.of: {name} has shape {array.shape}, which does not broadcast "
             f"to the shape {tuple(shape)} of values. Give one entry per value, or one "
             "per row with trailing axes of length 1."
         ) from error
+    if 0 < array.ndim < len(shape) and array.shape == shape[: array.ndim]:
+        raise ValueError(
+            f"WeightedSum.of: {name} has shape {array.shape} and values {shape}: it is "
+            "not clear which axes are meant. For one entry per row, add trailing axes, "
+            f"{name}[:, None]; for one entry per column, leading ones, {name}[None]."
+        )
+    return broadcast

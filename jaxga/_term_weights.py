@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ._accumulators import for_each_microbatch
 from ._axes import full_of_type
-from ._checks import PyTree, check_numbers
+from ._checks import PyTree, check_constant_weight, check_real
 from ._dtypes import as_weight
 from ._forward import Forward
 from ._model_state import ModelState
@@ -33,12 +33,13 @@ def check_term_weights(given: Mapping, names: list[str]) -> dict[str, jax.Array]
         )
     weights = {}
     for name in names:
-        weight = check_numbers(f"term_weights[{name!r}]", given[name])
+        weight = check_real(f"term_weights[{name!r}]", given[name])
         if weight.ndim:
             raise ValueError(
                 f"term_weights[{name!r}] has shape {weight.shape}; it must be a "
                 "scalar, the term's weight over the whole cycle and all devices."
             )
+        check_constant_weight(f"term_weights[{name!r}]", given[name])
         weights[name] = as_weight(weight)
     return weights
 

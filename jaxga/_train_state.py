@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ._checks import PyTree, describe
+from ._keys import check_key
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +78,8 @@ class TrainState:
         }.items():
             if value is not None:
                 raise NotImplementedError(f"{name}= is not built yet; leave it out.")
-        return cls(
+        check_key(key, per_example=False)
+        state = cls(
             params=params,
             opt_state=tx.init(params),
             model_state=model_state,
@@ -87,6 +89,20 @@ class TrainState:
             update=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
         )
+        return _each_buffer_once(state)
+
+
+def _each_buffer_once(state: TrainState) -> TrainState:
+    """Copies an array that stands in the state twice: it can be donated only once."""
+    seen = set()
+
+    def own(leaf):
+        if isinstance(leaf, jax.Array) and id(leaf) in seen:
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, state)
 
 
 def check_tx(tx: Any) -> None:

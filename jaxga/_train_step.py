@@ -9,6 +9,7 @@ import optax
 from jax.typing import DTypeLike
 
 from ._axes import AxisNames
+from ._checks import name_of_type
 from ._cycle_settings import CycleSettings
 from ._parallel import DataParallel
 from ._step import (
@@ -109,9 +110,16 @@ class _PlainState(StateKind):
     def check(self, state):
         if not isinstance(state, TrainState):
             raise TypeError(
-                f"The state is of type {type(state).__name__}; this step takes a "
+                f"The state is of type {name_of_type(state)}; this step takes a "
                 "jaxga.TrainState, as jaxga.TrainState.create(params, tx) makes it. "
                 "For Flax's own TrainState there is jaxga.linen.make_train_step."
+            )
+        made = jax.tree.structure(jax.eval_shape(self.tx.init, state.params))
+        if made != jax.tree.structure(state.opt_state):
+            raise ValueError(
+                "The state's opt_state was made by another optimizer than the step's: "
+                f"{jax.tree.structure(state.opt_state)}, not {made}. Give "
+                "jaxga.TrainState.create(params, tx) and the step the same tx."
             )
 
     def read(self, state, key):

@@ -1,6 +1,7 @@
 """Training steps for Flax linen: on `flax.training.train_state.TrainState`."""
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,8 +9,9 @@ from flax.training.train_state import TrainState
 from jax.typing import DTypeLike
 
 from ._axes import AxisNames
-from ._checks import describe
+from ._checks import name_of_type
 from ._cycle_settings import CycleSettings
+from ._keys import check_key
 from ._parallel import DataParallel
 from ._step import (
     StateKind,
@@ -105,28 +107,41 @@ def make_train_step(
 _OVERWRITTEN = "_overwrite_with_gradient"
 
 
+# What a step writes itself.
+_OWN_FIELDS = {field.name for field in dataclasses.fields(TrainState)}
+
+
 class _LinenState(StateKind):
     def __init__(self, mutable):
-        if isinstance(mutable, str) or not all(isinstance(n, str) for n in mutable):
+        names = tuple(mutable) if isinstance(mutable, Iterable) else (mutable,)
+        if isinstance(mutable, str) or not all(isinstance(n, str) for n in names):
             raise TypeError(
-                f'{mutable=} must be a tuple of names of fields, ("batch_stats",), say.'
+                f"mutable={mutable!r} must be a tuple of names of fields, "
+                '("batch_stats",), say.'
             )
-        self.mutable = tuple(mutable)
+        self.mutable = names
 
     def check(self, state):
         if not isinstance(state, TrainState):
             raise TypeError(
-                f"The state is {describe(type(state))}; this step takes a Flax "
+                f"The state is of type {name_of_type(state)}; this step takes a Flax "
                 "TrainState (flax.training.train_state). For a jaxga.TrainState there "
                 "is jaxga.make_train_step."
             )
+        fields = {field.name for field in dataclasses.fields(state)} - _OWN_FIELDS
         for name in self.mutable:
-            if not hasattr(state, name):
+            if name not in fields:
                 raise ValueError(
                     f"mutable={self.mutable!r} names {name!r}, which is no field of "
-                    f"{type(state).__name__}: {sorted(vars(state))}."
+                    f"{type(state).__name__} that a forward pass changes: "
+                    f"{sorted(fields)}."
                 )
-        if isinstance(state.params, Mapping) and _OVERWRITTEN in state.params:
+        if not isinstance(state.params, Mapping):
+            raise TypeError(
+                f"state.params is of type {name_of_type(state.params)}; Flax's "
+                "apply_gradients needs a dict of parameters."
+            )
+        if _OVERWRITTEN in state.params:
             raise NotImplementedError(
                 f"state.params has {_OVERWRITTEN!r}: parameters that are overwritten "
                 "with their gradient (fp8) are not supported yet."
@@ -134,6 +149,7 @@ class _LinenState(StateKind):
 
     def read(self, state, key):
         model_state = {name: getattr(state, name) for name in self.mutable} or None
+        check_key(key, per_example=False)
         if key is not None:
             key = jax.random.fold_in(key, state.step)
         return state.params, model_state, key

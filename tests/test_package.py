@@ -20,12 +20,12 @@ LAYERS = [
     ["_step"],
     ["_value_and_grad", "_parallel"],
     ["_cycle"],
-    ["_cycle_settings", "_term_weights"],
+    ["_cycle_settings", "_summed_already", "_term_weights", "_train_state"],
     ["_accumulators", "_loss", "_model_state"],
     ["_metrics", "_forward", "_keys", "_params", "_batches"],
     ["_sums"],
     ["_merge"],
-    ["_axes", "_batch_sizes", "_dtypes", "_train_state"],
+    ["_axes", "_batch_sizes", "_data_flow", "_dtypes"],
     ["_checks"],
 ]
 
