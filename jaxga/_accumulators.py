@@ -3,7 +3,11 @@
 In place: the backward pass adds each cotangent into its accumulator as soon as there is
 one (`with_refs`). A model that scans over its layers then never holds a micro-batch's
 whole gradient: one buffer of the parameters' size instead of two. As a loop carry: the
-gradient of a micro-batch is made, then added. Both give the same numbers, bit for bit.
+gradient of a micro-batch is made, then added. Both give the same numbers.
+
+In place is for parameters that go into a scan. Elsewhere XLA adds each gradient as soon
+as it exists anyway, and a table in which rows are looked up would be slow in place: JAX
+0.12 adds into it one number at a time.
 """
 
 import logging
@@ -28,17 +32,17 @@ def accumulate_gradients(
     num_microbatches: int | jax.Array,
     make_zeros: Callable[[], list[jax.Array]],
     others: PyTree,
-    same_dtypes: bool,
+    in_place: list[bool],
 ) -> tuple[list[jax.Array], PyTree]:
-    """Sums gradients over micro-batches, in place where JAX can trace that.
+    """Sums gradients over micro-batches, in place where that is asked and possible.
 
     Args:
         microbatch: computes one micro-batch.
         num_microbatches: how many; may be traced.
         make_zeros: makes the accumulators, one per parameter.
         others: what else is summed: losses, weights, metrics, model state.
-        same_dtypes: whether gradients come in the dtypes of their accumulators, as in
-            place they must.
+        in_place: for each parameter, whether to try it in place. Its gradient must
+            come in the dtype of its accumulator.
 
     Returns:
         The summed gradients and `others` after the last micro-batch.
@@ -47,16 +51,16 @@ def accumulate_gradients(
     def run(in_place):
         return _loop(microbatch, num_microbatches, make_zeros(), others, in_place)
 
-    if same_dtypes:
+    if any(in_place):
         try:
             # The loss itself has been traced before: what fails here is with_refs,
             # which some versions of JAX cannot transpose some programs into.
-            in_place = Forward(lambda: run(in_place=True))
+            traced = Forward(lambda: run(in_place))
         except Exception as error:
             _log.debug("Gradients are carried, not summed in place: %r", error)
         else:
-            return in_place()
-    return run(in_place=False)
+            return traced()
+    return run([False for _ in in_place])
 
 
 def for_each_microbatch(num_microbatches: int | jax.Array, body, carry: PyTree):
@@ -69,19 +73,22 @@ def for_each_microbatch(num_microbatches: int | jax.Array, body, carry: PyTree):
 
 
 def _loop(microbatch, num_microbatches, zeros, others, in_place):
-    refs = [jax.new_ref(zero) for zero in zeros] if in_place else []
+    targets = [
+        jax.new_ref(zero) if in_ref else jax.ad.GradValue()
+        for zero, in_ref in zip(zeros, in_place, strict=True)
+    ]
+    carried = [i for i, in_ref in enumerate(in_place) if not in_ref]
 
     def body(index, carry):
         sums, others = carry
         pullback, cotangents, others = microbatch(index, others)
-        if in_place:
-            pullback.with_refs(refs)(cotangents)
-        else:
-            (grads,) = pullback(cotangents)
-            pairs = zip(sums, grads, strict=True)
-            sums = [total + grad.astype(total.dtype) for total, grad in pairs]
+        (grads,) = pullback.with_refs(targets)(cotangents)
+        sums = {i: total + grads[i].astype(total.dtype) for i, total in sums.items()}
         return sums, others
 
-    carry = ([] if in_place else zeros, others)
+    carry = ({i: zeros[i] for i in carried}, others)
     sums, others = for_each_microbatch(num_microbatches, body, carry)
-    return [ref[...] for ref in refs] if in_place else sums, others
+    for i, target in enumerate(targets):
+        if in_place[i]:
+            sums[i] = target[...]
+    return [sums[i] for i in range(len(targets))], others

@@ -101,7 +101,7 @@ class Cycle:
             self.num_microbatches,
             self._zeros,
             self._start(),
-            same_dtypes=self.grad_dtypes == self.sum_dtypes,
+            in_place=self._in_place(),
         )
         if reduce and self.axes:
             grads, parts = self._all_reduce(grads, parts)
@@ -205,6 +205,12 @@ class Cycle:
         """Accumulators, with the sharding and the varying axes of the parameters."""
         pairs = zip(self.params, self.sum_dtypes, strict=True)
         return [jnp.zeros_like(param, dtype=dtype) for param, dtype in pairs]
+
+    def _in_place(self):
+        """Which gradients to sum in place, for the reasons in `_accumulators`."""
+        dtypes = zip(self.grad_dtypes, self.sum_dtypes, strict=True)
+        uses = zip(self.forward.uses(), dtypes, strict=True)
+        return [use == {"scan"} and one == other for use, (one, other) in uses]
 
     def _untouched_state(self):
         first = len(jax.tree.leaves(self.forward.shapes)) - len(self.state.leaves)

@@ -9,6 +9,7 @@ from jax.interpreters import partial_eval
 
 from ._checks import PyTree
 from ._data_flow import Flow, follow
+from ._uses import find_uses
 
 
 class Forward:
@@ -31,6 +32,10 @@ class Forward:
         leaf = {id(var): i for i, var in enumerate(self._inputs(arg))}
         outputs = enumerate(self._closed.jaxpr.outvars)
         return {i: leaf[id(var)] for i, var in outputs if id(var) in leaf}
+
+    def uses(self) -> list[set[str]]:
+        """What is done with each leaf of the first argument: see `find_uses`."""
+        return find_uses(self._closed.jaxpr, self._leaves_per_arg[0])
 
     def only(self, wanted: PyTree) -> "Pruned":
         """The function without what its other outputs need.

@@ -27,7 +27,9 @@ def collectives(compiled) -> list[Collective]:
         for line in lines:
             match = re.search(rf"= (.*?) ({KINDS})(?:-start)?\(", line)
             if match:
-                size = sum(_bytes(*s) for s in re.findall(r"(\w+)\[([\d,]*)\]", match[1]))
+                size = sum(
+                    _bytes(*s) for s in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+                )
                 found.append(Collective(match[2], size, name in in_loop))
     return found
 

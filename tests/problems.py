@@ -4,11 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxga
 import numpy as np
 import optax
 from jax.sharding import AxisType
-
-import jaxga
 
 ROWS, LENGTH, VOCAB, WIDTH = 384, 6, 11, 8
 

@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import jaxga
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import jaxga
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxga
 import numpy as np
 import optax
 import pytest
@@ -26,8 +27,6 @@ from problems import (
     token_losses,
     truth,
 )
-
-import jaxga
 
 K, DEVICES, BOUND = 6, 4, 1e-6
 
@@ -384,7 +383,9 @@ def test_dropout_replayed_by_microbatch_differs_from_the_full_batch():
     def same_keys_again(params, batch):
         keys = jax.random.split(jax.random.key(0), 384 // K)
         grads = [
-            jax.grad(lambda p, i=i: dropped(p, microbatch(batch, i), keys).total)(params)
+            jax.grad(lambda p, i=i: dropped(p, microbatch(batch, i), keys).total)(
+                params
+            )
             for i in range(K)
         ]
         return scale(tree_sum(grads), 1 / tokens(batch))
@@ -398,7 +399,7 @@ def test_dropout_replayed_by_microbatch_differs_from_the_full_batch():
 
 
 def test_devices_see_their_own_rows():
-    """The batch handed whole to every device would give the same mean: count instead."""
+    """The whole batch on every device would give the same mean: the count tells."""
     cycle = jaxga.value_and_grad(counted, accum_steps=K, axis_name="data")
     mapped = jax.pmap(
         cycle, "data", in_axes=(None, 0), out_axes=None, devices=jax.devices()[:DEVICES]

@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jaxga
 import numpy as np
 import optax
 import pytest
@@ -12,8 +13,6 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import distance, make_mesh
-
-import jaxga
 
 LAYERS, WIDTH, FEATURES, ROWS = 6, 256, 1024, 16
 

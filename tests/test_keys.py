@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxga
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -15,8 +16,6 @@ from problems import (
     make_params,
     split_over_devices,
 )
-
-import jaxga
 
 
 def dropped(params, batch, key):
@@ -92,8 +91,12 @@ def test_per_example_keys_through_data_parallel_and_on_a_short_cycle():
         return jax.tree.map(lambda a, b: a - np.asarray(b), make_params(), new.params)
 
     assert distance(moved(parallel, 6), reference()) <= 2e-6
-    assert distance(moved(parallel, 6, num_microbatches=4), moved(None, 6,
-        num_microbatches=4)) <= 2e-6
+    assert (
+        distance(
+            moved(parallel, 6, num_microbatches=4), moved(None, 6, num_microbatches=4)
+        )
+        <= 2e-6
+    )
 
 
 def test_one_key_per_microbatch_and_device():
@@ -139,7 +142,9 @@ def test_unmodified_linen_dropout_with_one_key_per_row():
 
     model = Model()
     x = np.random.default_rng(0).normal(size=(24, 5)).astype(np.float32)
-    variables = model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
+    variables = model.init(
+        {"params": jax.random.key(0), "dropout": jax.random.key(1)}, x
+    )
 
     def loss_fn(params, x, key):
         def row(x, key):

@@ -5,15 +5,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxga
+import jaxga.linen
 import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
 from problems import distance, make_mesh
-
-import jaxga
-import jaxga.linen
 
 X = np.random.default_rng(0).normal(size=(48, 5)).astype(np.float32)
 BATCH = {"x": X, "y": np.sin(X.sum(-1)), "mask": np.arange(48) % 7 != 3}

@@ -2,13 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import jaxga
 import numpy as np
 import pytest
 from hlo import collectives
 from jax.sharding import PartitionSpec as P
 from problems import make_mesh, split_over_devices
-
-import jaxga
 
 ROWS = np.arange(1.0, 25.0, dtype=np.float32)
 STATE = {
@@ -119,7 +118,9 @@ def test_untouched_leaves_cost_no_communication_and_come_back_as_they_are():
 def test_random_keys_come_back_as_they_are():
     def with_key(params, rows, model_state):
         key = model_state["key"]
-        noise = jax.random.normal(jax.random.fold_in(key, model_state["count"]), rows.shape)
+        noise = jax.random.normal(
+            jax.random.fold_in(key, model_state["count"]), rows.shape
+        )
         state = {"key": key, "count": model_state["count"] + 1}
         loss = jaxga.WeightedSum.of(params * rows * noise)
         return jaxga.LossOutput(loss, model_state=state)
@@ -163,9 +164,7 @@ def test_microbatch_without_any_weight_leaves_the_state_as_it_was(rule):
 def test_bfloat16_state_is_averaged_in_float32_and_keeps_its_dtype():
     def half(params, rows, model_state):
         state = (rows.mean() + 0 * model_state).astype(jnp.bfloat16)
-        return jaxga.LossOutput(
-            jaxga.WeightedSum.of(params * rows), model_state=state
-        )
+        return jaxga.LossOutput(jaxga.WeightedSum.of(params * rows), model_state=state)
 
     rows = np.repeat(np.float32([256, 1]), 8).reshape(2, 8).T.reshape(-1)
     cycle = jaxga.value_and_grad(half, accum_steps=2, model_state_merge="mean")
@@ -182,4 +181,3 @@ def test_state_of_a_short_cycle_is_that_of_its_microbatches():
     np.testing.assert_allclose(run_short(2)[0].model_state["mean"], expected, rtol=1e-6)
     untouched = run_short(0)[0].model_state
     assert untouched["mean"] == 100 and untouched["calls"] == 7
-

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxga
 import numpy as np
 import optax
 import pytest
@@ -19,8 +20,6 @@ from problems import (
     make_params,
     truth,
 )
-
-import jaxga
 
 TX = optax.sgd(1.0)
 TENSOR_SPECS = {
@@ -101,7 +100,7 @@ def test_loss_may_use_the_axis_on_one_device_too():
 
 
 def tensor_parallel_loss(params, batch):
-    """Columns of the hidden layer on each device, manually: the sum over them is ours."""
+    """Columns of the hidden layer on each device; the sum over them is ours."""
     h = params["embed"][batch["inputs"]] @ params["hidden"]["w"]
     h = jnp.tanh(h + params["hidden"]["b"][None, None])
     logits = lax.psum(h @ params["out"], "model")
@@ -110,10 +109,12 @@ def tensor_parallel_loss(params, batch):
 
 
 def explicit_loss(params, batch):
-    """The same with axes of explicit type: shardings are said where they are not clear."""
+    """The same with axes of explicit type: shardings are said where unclear."""
     h = params["embed"].at[batch["inputs"]].get(out_sharding=P(None, None, None))
     h = jnp.tanh(h @ params["hidden"]["w"] + params["hidden"]["b"][None, None])
-    logits = jnp.einsum("btd,dv->btv", h, params["out"], out_sharding=P(None, None, None))
+    logits = jnp.einsum(
+        "btd,dv->btv", h, params["out"], out_sharding=P(None, None, None)
+    )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     return jaxga.WeightedSum.of(losses, where=batch["mask"])
 

@@ -2,14 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import jaxga
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from problems import make_mesh
-
-import jaxga
 
 # WeightedSum.
 
@@ -99,7 +98,10 @@ def test_mean_divides_once_and_never_by_zero():
 
 @pytest.mark.parametrize("factor", (2, 2.0, np.float32(2), jnp.float32(2)))
 def test_scaling_scales_the_total_only(factor):
-    for scaled in (factor * jaxga.WeightedSum(3.0, 4), jaxga.WeightedSum(3.0, 4) * factor):
+    for scaled in (
+        factor * jaxga.WeightedSum(3.0, 4),
+        jaxga.WeightedSum(3.0, 4) * factor,
+    ):
         assert scaled.total == 6 and scaled.weight == 4
 
 
@@ -109,7 +111,9 @@ def test_scaling_scales_the_total_only(factor):
 def metrics_of(rows):
     return {
         "mean": jaxga.WeightedSum.of(rows, where=rows > 3),
-        "vector": jaxga.WeightedSum(jnp.stack([rows.sum(), (rows**2).sum()]), rows.size),
+        "vector": jaxga.WeightedSum(
+            jnp.stack([rows.sum(), (rows**2).sum()]), rows.size
+        ),
         "sum": jaxga.Sum((rows > 3).sum()),
         "flags": jaxga.Sum(rows.max() > 20),
         "max": jaxga.Max(rows.max()),
@@ -162,9 +166,11 @@ def test_metrics_merge_over_microbatches_and_devices(runner):
 
 def test_metrics_of_a_short_cycle():
     cycle = jax.jit(
-        lambda n: jaxga.value_and_grad(loss_with_metrics, accum_steps=3)(
-            jnp.float32(1), ROWS, num_microbatches=n
-        )[0].metrics
+        lambda n: (
+            jaxga.value_and_grad(loss_with_metrics, accum_steps=3)(
+                jnp.float32(1), ROWS, num_microbatches=n
+            )[0].metrics
+        )
     )
     metrics = cycle(2)
     assert np.isnan(metrics["stack"][2]) and np.isfinite(metrics["stack"][:2]).all()

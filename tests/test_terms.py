@@ -1,9 +1,10 @@
-"""Several terms: each on its own denominator, in one gradient, the weights found first."""
+"""Several terms: each on its own denominator, in one gradient, weights found first."""
 
 import warnings
 
 import jax
 import jax.numpy as jnp
+import jaxga
 import numpy as np
 import optax
 import pytest
@@ -20,8 +21,6 @@ from problems import (
     three_terms_mean,
     truth,
 )
-
-import jaxga
 
 
 def test_terms_and_weights_are_reported_by_name():
@@ -216,7 +215,9 @@ def test_optimizer_sees_one_gradient_of_all_terms():
     state = jaxga.TrainState.create(jax.tree.map(jnp.asarray, make_params()), tx)
     new, metrics = step(state, make_batch())
     moved = jax.tree.map(lambda a, b: a - b, state.params, new.params)
-    assert distance(moved, truth(three_terms_mean, make_params(), make_batch())[1]) < 2e-6
+    assert (
+        distance(moved, truth(three_terms_mean, make_params(), make_batch())[1]) < 2e-6
+    )
     assert set(metrics["weight"]) == {"cross_entropy", "penalty", "rows"}
     terms = sum(metrics[name] for name in ("cross_entropy", "penalty", "rows"))
     np.testing.assert_allclose(metrics["loss"], terms, rtol=1e-6)

@@ -1,7 +1,8 @@
-"""A whole step: one optimizer update per cycle, or none at all, and it is said which."""
+"""A whole step: one optimizer update per cycle, or none, and it is said which."""
 
 import jax
 import jax.numpy as jnp
+import jaxga
 import numpy as np
 import optax
 import pytest
@@ -17,8 +18,6 @@ from problems import (
     truth,
 )
 
-import jaxga
-
 
 def make_state(tx, **kwargs):
     return jaxga.TrainState.create(
@@ -33,7 +32,7 @@ def assert_same(a, b):
 
 
 def clipped_momentum():
-    """Clipping and a schedule: both would show a mean of means, or a call per micro-batch."""
+    """Clipping and a schedule would show a mean of means, or a call per micro-batch."""
     schedule = optax.linear_schedule(1.0, 0.1, transition_steps=4)
     return optax.chain(
         optax.clip_by_global_norm(0.3), optax.sgd(schedule, momentum=0.9)
@@ -162,9 +161,7 @@ def test_cycle_that_is_not_finite_changes_nothing_and_is_counted(num_devices):
 
 def test_propagate_applies_it_all_the_same():
     tx = optax.sgd(0.1)
-    step = jaxga.make_train_step(
-        weighed_loss, tx, accum_steps=6, nonfinite="propagate"
-    )
+    step = jaxga.make_train_step(weighed_loss, tx, accum_steps=6, nonfinite="propagate")
     state = make_state(tx, model_state={"seen": jnp.float32(0)})
     state, metrics = step(state, bad_batch())
     assert metrics["skipped"] == 0 and state.update == 1
@@ -221,7 +218,9 @@ def test_dtypes_that_an_optimizer_cannot_mix_are_explained():
     with pytest.raises(TypeError) as error:
         step(state, make_batch())
     assert "optax.tree.cast_like" in "".join(error.value.__notes__)
-    cast = optax.stateless(lambda updates, params: optax.tree.cast_like(updates, params))
+    cast = optax.stateless(
+        lambda updates, params: optax.tree.cast_like(updates, params)
+    )
     tx = optax.chain(cast, tx)
     step = jaxga.make_train_step(counted, tx, accum_steps=6)
     _, metrics = step(jaxga.TrainState.create(params, tx), make_batch())

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxga
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -21,8 +22,6 @@ from problems import (
     three_terms_mean,
     truth,
 )
-
-import jaxga
 
 BOUND = 1e-6
 
@@ -154,7 +153,8 @@ def test_traced_count_above_the_number_of_microbatches_counts_none_twice():
     cycle = jaxga.value_and_grad(counted, accum_steps=6)
     run = jax.jit(lambda p, b, n: cycle(p, b, num_microbatches=n))
     most, more = (run(make_params(), make_batch(), n)[1] for n in (6, 9))
-    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (most, more))))
+    for a, b in zip(*map(jax.tree.leaves, (most, more)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("num", (1, 4))

@@ -1,0 +1,113 @@
+"""The examples run as their users run them, and their own assertions hold."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+BYTE_LM = pathlib.Path(__file__).parent.parent / "examples" / "byte_lm.py"
+GRADIENT_BOUND, LOSS_BOUND = 5e-6, 1e-4
+QUICK = ("--size", "tiny", "--steps", "20")
+
+
+def run_byte_lm(folder, *flags, script=BYTE_LM):
+    return subprocess.run(
+        [sys.executable, script, *flags],
+        cwd=folder,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def figures(output):
+    """Of each run: the differences of gradient and loss to (1), the held-out loss."""
+    number = r"([0-9.]+(?:e[+-]\d+)?)"
+    lines = re.findall(
+        rf"^\((\d)\) [a-z ]+ {number} +{number} +{number}$", output, re.M
+    )
+    return {int(run): tuple(map(float, values)) for run, *values in lines}
+
+
+@pytest.mark.parametrize("devices", (1, 8))
+def test_byte_lm(tmp_path, devices):
+    result = run_byte_lm(tmp_path, *QUICK, "--devices", str(devices))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+    plural = "" if devices == 1 else "s"
+    arithmetic = (
+        f"64 examples per update = {8 // devices} per micro-batch * "
+        f"8 accumulation steps * {devices} device{plural}"
+    )
+    assert arithmetic in result.stdout.splitlines()
+
+    found = figures(result.stdout)
+    assert sorted(found) == [1, 2, 3], result.stdout
+    assert found[1][:2] == (0, 0)
+    gradient, loss, held_out = found[2]
+    assert gradient < GRADIENT_BOUND
+    assert loss < LOSS_BOUND
+    assert abs(held_out - found[1][2]) < 2 * LOSS_BOUND
+    gradient, loss, held_out = found[3]
+    assert gradient > 100 * GRADIENT_BOUND
+    assert loss > 100 * LOSS_BOUND
+    assert 1 < held_out < 5  # of ln 256 = 5.5: it has learnt something
+
+    assert "samples, which begin with 'def '" in result.stdout
+    bar = r"<00:0\d, +[\d.]+k tokens/s, update 20, loss [\d.]+"
+    assert len(re.findall(bar, result.stderr)) >= 3, result.stderr
+    picture = (tmp_path / "byte_lm.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert 20_000 < len(picture) < 150_000
+
+
+def test_byte_lm_sees_a_wrong_gradient(tmp_path):
+    """The script's assertions can fail: here jaxga is fed means, as in the mistake."""
+    right = "jaxga.WeightedSum.of(losses, where=batch["
+    source = BYTE_LM.read_text()
+    assert source.count(right) == 1
+    wrong = source.replace(
+        'return jaxga.WeightedSum.of(losses, where=batch["mask"])',
+        "return jaxga.WeightedSum(mean_loss(model, params, batch), 1)",
+    )
+    assert wrong != source
+    script = tmp_path / "wrong.py"
+    script.write_text(wrong)
+    result = run_byte_lm(tmp_path, *QUICK[:2], "--steps", "2", script=script)
+    assert result.returncode == 1
+    assert "assert gradient[1] < GRADIENT_BOUND" in result.stderr
+    assert "AssertionError" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    (
+        (("--steps", "0"), "--steps 0: must be at least 1"),
+        (("--batch", "-8"), "--batch -8: must be at least 1"),
+        (("--seed", "-1"), "--seed -1: must be at least 0"),
+        (("--devices", "0"), "--devices 0: must be at least 1"),
+        (
+            ("--devices", "3"),
+            "--batch 64 --devices 3: .* Use global_batch_size=48 or 72",
+        ),
+        (
+            ("--batch", "60"),
+            "--batch 60 --devices 1: .* Use global_batch_size=56 or 64",
+        ),
+        (("--size", "huge"), "--size: invalid choice: 'huge'"),
+        (("--steps", "ten"), "--steps: invalid int value: 'ten'"),
+        (
+            ("--picture", "no/folder.png"),
+            "--picture .*folder.png: there is no such folder",
+        ),
+    ),
+)
+def test_byte_lm_refuses_wrong_flags(tmp_path, flags, message):
+    result = run_byte_lm(tmp_path, *flags)
+    assert result.returncode == 2, result.stderr
+    assert re.search(f"error: .*{message}", result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
