@@ -47,7 +47,8 @@ class BatchSizes:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) is not None
         }
-        given.setdefault("num_devices", jax.device_count())
+        if "num_devices" not in given:
+            given["num_devices"] = jax.device_count()  # starts the backend
         for name, value in _complete(given).items():
             object.__setattr__(self, name, value)
 
@@ -90,7 +91,10 @@ def _contradiction(total, factors, product, any_multiple):
         return f"{found}. Leave one of them out, or use global_batch_size={product}."
     below, above = total // product * product, -(-total // product) * product
     nearest = f"{below} or {above}" if below else f"{above}"
-    return f"{found}, which does not divide it. Use global_batch_size={nearest}."
+    return (
+        f"{found}, which does not divide it. Use global_batch_size={nearest}, or another "
+        f"{' or '.join(factors)}."
+    )
 
 
 def _plural(count: int, noun: str) -> str:

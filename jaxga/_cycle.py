@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ._accumulators import accumulate_gradients
@@ -52,7 +53,12 @@ class Cycle:
         key: jax.Array | None,
         num_microbatches: int | jax.Array | None,
     ):
-        self.settings, self.args, self.key = settings, args, key
+        self.settings, self.key = settings, key
+        # NumPy cannot be indexed by the rows of a batch that is traced.
+        self.args = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf,
+            args,
+        )
         self.axes = axes_in_scope(settings.axis_name)
         check_key(key, settings.per_example_keys)
         keywords = {"key": key, "model_state": model_state}

@@ -1,5 +1,8 @@
 """The arithmetic of a batch, and padding that loses no row."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import jaxga
@@ -31,6 +34,15 @@ def test_two_numbers_give_the_third(given_sizes, expected):
         sizes.num_devices,
     )
     assert found == expected
+
+
+def test_sizes_start_no_backend_where_devices_are_given():
+    script = (
+        "import jax, jaxga\n"
+        "jaxga.BatchSizes(global_batch_size=8, accum_steps=2, num_devices=4)\n"
+        "jax.config.update('jax_num_cpu_devices', 2)\n"  # raises once a backend runs
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
 
 
 def test_sizes_print_as_one_line_of_arithmetic():

@@ -75,17 +75,23 @@ def compile_step(loss_fn, accum_steps):
     return step.lower(state_shapes(), batch_shapes(accum_steps * ROWS)).compile()
 
 
-def compile_plain_step(loss_fn):
-    """No accumulation, one micro-batch: the least that a step needs."""
+def compile_with_adamw(gradient, rows):
+    """A plain step around `gradient(params, batch)`, its state donated."""
 
     def step(state, batch):
         params, opt_state = state
-        grads = jax.grad(lambda p: loss_fn(p, batch).mean())(params)
-        updates, opt_state = TX.update(grads, opt_state, params)
+        updates, opt_state = TX.update(gradient(params, batch), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     state = jax.eval_shape(lambda p: (p, TX.init(p)), param_shapes())
-    return jax.jit(step, donate_argnums=0).lower(state, batch_shapes(ROWS)).compile()
+    return jax.jit(step, donate_argnums=0).lower(state, batch_shapes(rows)).compile()
+
+
+def compile_plain_step(loss_fn):
+    """No accumulation, one micro-batch: the least that a step needs."""
+    return compile_with_adamw(
+        lambda params, batch: jax.grad(lambda p: loss_fn(p, batch).mean())(params), ROWS
+    )
 
 
 def temporaries(compiled):
@@ -99,15 +105,15 @@ def temporaries(compiled):
 def test_temporaries_are_those_of_a_plain_step_and_flat_in_accum_steps():
     plain = temporaries(compile_plain_step(scanned))
     steps = [temporaries(compile_step(scanned, n)) for n in (2, 8, 32)]
-    assert max(steps) <= plain + 0.25
+    # jaxlib 0.10.0 and 0.10.1 copy what a conditional reads, in a plain step too.
+    assert max(steps) <= plain + (0.25 if jax.__version_info__ >= (0, 10, 2) else 0.85)
     assert max(steps) - min(steps) <= 0.01
 
 
 def test_a_loop_carry_would_need_a_second_gradient():
     """The control: what the accumulators in place save."""
 
-    def step(state, batch):
-        params, opt_state = state
+    def by_hand(params, batch):
         rows = jax.tree.map(lambda x: x.reshape(8, ROWS, WIDTH), batch)
 
         def body(total, rows):
@@ -116,13 +122,12 @@ def test_a_loop_carry_would_need_a_second_gradient():
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         grads, _ = lax.scan(body, zeros, rows)
-        grads = jax.tree.map(lambda g: g / (8 * ROWS * WIDTH), grads)
-        updates, opt_state = TX.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        return jax.tree.map(lambda g: g / (8 * ROWS * WIDTH), grads)
 
-    state = jax.eval_shape(lambda p: (p, TX.init(p)), param_shapes())
-    by_hand = jax.jit(step, donate_argnums=0).lower(state, batch_shapes(8 * ROWS))
-    assert temporaries(by_hand.compile()) > temporaries(compile_step(scanned, 8)) + 0.6
+    cycle = jaxga.value_and_grad(scanned, accum_steps=8)
+    ours = compile_with_adamw(lambda p, b: cycle(p, b)[1], 8 * ROWS)
+    carried = compile_with_adamw(by_hand, 8 * ROWS)
+    assert temporaries(carried) > temporaries(ours) + 0.6
 
 
 def test_layers_indexed_from_a_stack_need_no_more_than_a_plain_step():
