@@ -49,16 +49,16 @@ class ModelState:
             check_array(f"model_state{place(path)}", leaf)
             for path, leaf in jax.tree.leaves_with_path(tree)
         ]
-        self.first = [_varying_if_real(leaf, axes) for leaf in self.leaves]
+        self.first = [_varying_if_inexact(leaf, axes) for leaf in self.leaves]
         self.merges = {
-            i: _MERGES[rule](leaf) if _is_real(leaf) else _AsLeft(leaf, rule)
+            i: _MERGES[rule](leaf) if _is_inexact(leaf) else _AsLeft(leaf, rule)
             for i, (leaf, rule) in enumerate(zip(self.first, self.rules, strict=True))
         }
 
     def read(self, returned: PyTree) -> list[jax.Array]:
         """The leaves of what the loss function returned, checked."""
         leaves = check_unchanged(self.tree, returned)
-        return [_varying_if_real(leaf, self.axes) for leaf in leaves]
+        return [_varying_if_inexact(leaf, self.axes) for leaf in leaves]
 
     def leave_out(self, untouched: set[int]) -> None:
         for i in untouched:
@@ -88,13 +88,15 @@ class ModelState:
 
     def differs(self) -> list[frozenset[str]]:
         """The axes over which each leaf differs between devices."""
-        return [frozenset(self.axes if _is_real(leaf) else ()) for leaf in self.leaves]
+        return [
+            frozenset(self.axes if _is_inexact(leaf) else ()) for leaf in self.leaves
+        ]
 
     def check_agreement(self, differs: list[frozenset[str]]) -> None:
         """Refuses a counter, flag or key that the devices would disagree about."""
         for i, (path, _) in enumerate(jax.tree.leaves_with_path(self.tree)):
             axes = differs[i] & set(self.axes) - varying_axes(self.leaves[i])
-            if axes and not _is_real(self.leaves[i]):
+            if axes and not _is_inexact(self.leaves[i]):
                 raise TypeError(
                     f"model_state{place(path)}, {describe(self.leaves[i])}, depends on "
                     f"each device's own rows over {sorted(axes)}, and has no merge: "
@@ -194,12 +196,12 @@ class _AsLeft:
 _MERGES = {"carry": _Carry, "mean": _Mean, "max": _Max}
 
 
-def _is_real(leaf):
+def _is_inexact(leaf):
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _varying_if_real(leaf, axes):
-    return varying(leaf, axes) if _is_real(leaf) else leaf
+def _varying_if_inexact(leaf, axes):
+    return varying(leaf, axes) if _is_inexact(leaf) else leaf
 
 
 def _no_count(like):

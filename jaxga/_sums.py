@@ -71,7 +71,8 @@ class WeightedSum(MergeType):
         Raises:
             TypeError: `where` is not boolean; `values` or `weights` are no numbers.
             ValueError: `values` is a scalar; `where` or `weights` do not broadcast to
-                the shape of `values`; more than 2^31 - 1 entries.
+                the shape of `values`, or could mean its rows and its columns alike;
+                more than 2^31 - 1 entries.
 
         Example:
             >>> import jax.numpy as jnp
@@ -104,7 +105,9 @@ class WeightedSum(MergeType):
 
         Args:
             mean: scalar, or array for a metric.
-            weight: scalar, exactly what the mean was divided by.
+            weight: scalar, exactly what the mean was divided by. Where it can be 0,
+                guard your division, `total / jnp.maximum(count, 1)`: the gradient of
+                0 / 0 is NaN.
 
         Returns:
             `total` is `mean * weight`; 0 where the weight is 0, even if the mean is NaN

@@ -48,6 +48,18 @@ def test_equals_the_float64_full_batch(name, num_devices, axis_type):
     assert distance(actual, grads) <= 1e-6
 
 
+def test_bfloat16_parameters_on_devices():
+    """The sums are those of float32: the error is that of one micro-batch's gradient."""
+    parallel = jaxga.DataParallel(make_mesh(8))
+    tx = optax.trace(decay=0.0)  # its state is the gradient that it was given
+    params = jax.tree.map(jnp.asarray, make_params(jnp.bfloat16))
+    step = jaxga.make_train_step(counted, tx, accum_steps=6, parallel=parallel)
+    state = parallel.shard_state(jaxga.TrainState.create(params, tx))
+    new, _ = step(state, make_batch())
+    _, grads = truth(counted_mean, make_params(jnp.bfloat16), make_batch())
+    assert distance(new.opt_state.trace, grads) <= 2e-2
+
+
 @pytest.mark.parametrize("axis_type", (AxisType.Auto, AxisType.Explicit))
 def test_takes_a_batch_from_the_host(axis_type):
     parallel = jaxga.DataParallel(make_mesh(8, axis_type))
