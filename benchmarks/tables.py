@@ -4,6 +4,7 @@ python benchmarks/tables.py      # rewrites the tables in benchmarks/README.md
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,12 @@ def _setting(environment):
     names = ("jax", "jaxlib", "optax", "jaxga")
     versions = ", ".join(f"{name} {environment[name]}" for name in names)
     cores = environment["cpu_count"] if environment["backend"] == "cpu" else None
+    # The first digits of the hash, and "-dirty" where that is said.
+    commit = re.sub("(?<=^.{12})[0-9a-f]+", "", environment["commit"] or "unknown")
     return (
         f"**{environment['device_kind']}**{f' ({cores} cores)' if cores else ''}: "
         f"Python {environment['python']}, {versions}, "
-        f"commit {(environment['commit'] or 'unknown')[:12]}"
+        f"commit {commit}"
     )
 
 

@@ -92,8 +92,8 @@ def _contradiction(total, factors, product, any_multiple):
     below, above = total // product * product, -(-total // product) * product
     nearest = f"{below} or {above}" if below else f"{above}"
     return (
-        f"{found}, which does not divide it. Use global_batch_size={nearest}, or another "
-        f"{' or '.join(factors)}."
+        f"{found}, which does not divide it. Use global_batch_size={nearest}, or "
+        f"another {' or '.join(factors)}."
     )
 
 

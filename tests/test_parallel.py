@@ -49,7 +49,7 @@ def test_equals_the_float64_full_batch(name, num_devices, axis_type):
 
 
 def test_bfloat16_parameters_on_devices():
-    """The sums are those of float32: the error is that of one micro-batch's gradient."""
+    """Sums are in float32: the error is that of one micro-batch's gradient."""
     parallel = jaxga.DataParallel(make_mesh(8))
     tx = optax.trace(decay=0.0)  # its state is the gradient that it was given
     params = jax.tree.map(jnp.asarray, make_params(jnp.bfloat16))
