@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,19 +90,24 @@ class Cycle:
         self.state.leave_out(self._untouched_state())
 
     def run(
-        self, *, reduce: bool, term_weights: Mapping | None = None
+        self,
+        *,
+        reduce: bool,
+        term_weights: Mapping | None = None,
+        loss_scale: Any = None,
     ) -> tuple[LossOutput, WeightedSum]:
         """The sums of the cycle, and the summed gradient.
 
         Args:
             reduce: whether to merge over the devices.
             term_weights: the weight of each term over the cycle, if known.
+            loss_scale: what the mean loss is scaled by; the gradient comes scaled.
 
         Returns:
             The sums of the loss and the metrics, and the model state; and the gradient,
             of weight 1 if each term has been divided by its own weight already.
         """
-        factors = self._factors(term_weights, reduce)
+        factors = self._factors(term_weights, reduce, loss_scale)
         grads, parts = accumulate_gradients(
             functools.partial(self._microbatch, factors),
             self.num_microbatches,
@@ -175,23 +181,22 @@ class Cycle:
         state = self.state.all_reduce(parts["state"])
         return grads, {"loss": loss, "metrics": metrics, "state": state}
 
-    def _factors(self, term_weights, reduce):
+    def _factors(self, term_weights, reduce, loss_scale):
         """What each term's gradient is multiplied by; None to divide at the end."""
-        totals, (types, _, _) = self.forward.shapes
-        if not isinstance(totals, dict):
-            if term_weights is not None:
+        totals = self.forward.shapes[0]
+        terms = terms_of(totals)
+        if term_weights is not None:
+            if not isinstance(totals, dict):
                 raise TypeError(
                     "term_weights was given, but loss_fn returned one loss, not a dict "
                     "of terms: its weight is summed beside its gradient."
                 )
-            return None
-        if term_weights is not None:
-            weights = check_term_weights(term_weights, list(totals))
-        elif len(totals) == 1:
+            weights = check_term_weights(term_weights, list(terms))
+        elif len(terms) == 1 and loss_scale is None:
             return None
         elif not reduce:
             raise ValueError(
-                f"loss_fn returned the terms {sorted(totals)}, and their gradients can "
+                f"loss_fn returned the terms {sorted(terms)}, and their gradients can "
                 "only be summed if each is divided by its term's weight over the whole "
                 "cycle and all devices. Give these weights as term_weights=."
             )
@@ -200,7 +205,10 @@ class Cycle:
                 self.forward, self.num_microbatches, self._wide(), self.rows, self.state
             )
             weights = lax.psum(weights, self.axes) if self.axes else weights
-        return {n: inverse(w, totals[n].dtype) for n, w in weights.items()}
+        factors = {n: inverse(w, terms[n].dtype) for n, w in weights.items()}
+        if loss_scale is not None:
+            factors = loss_scale.scale(factors)
+        return factors if isinstance(totals, dict) else factors["loss"]
 
     def _wide(self):
         """The parameters in the dtypes in which their gradients shall come."""

@@ -39,6 +39,13 @@ class StateKind:
     def with_model_state(self, state: Any, model_state: PyTree) -> Any:
         raise NotImplementedError
 
+    def loss_scale(self, state: Any) -> Any:
+        """The loss scale in the state, if there is one."""
+        return None
+
+    def with_loss_scale(self, state: Any, loss_scale: Any) -> Any:
+        raise NotImplementedError
+
     def updates(self, state: Any) -> jax.Array:
         """How many updates there have been."""
         raise NotImplementedError
@@ -71,22 +78,31 @@ class Step:
     def __call__(self, state, batch, *args, key=None, num_microbatches=None):
         self.kind.check(state)
         params, model_state, key = self.kind.read(state, key)
+        loss_scale = self.kind.loss_scale(state)
         cycle = (
             self._cycle if self.parallel is None else self.parallel.divide(self._cycle)
         )
-        sums, grads = cycle(batch, (params, args, model_state, key, num_microbatches))
+        sums, grads = cycle(
+            batch, (params, args, model_state, key, num_microbatches, loss_scale)
+        )
         _check_names(sums.metrics)
         output = finish_output(sums, None)
         norm = optax.tree.norm(jax.tree.map(as_total, grads.total))
         good = _is_good(output.weights, norm, self.nonfinite)
-        # The summed gradient is only read in the branch that divides it: divided before
-        # it, or handed through, it would need a second buffer.
-        new = jax.lax.cond(
-            good,
-            lambda old: self.kind.apply(old, divide_gradient(grads), output.loss),
-            self.kind.skip,
-            state,
-        )
+
+        def apply(old):
+            # The summed gradient is only read here, in the branch that divides it:
+            # divided before, or handed through, it would need a second buffer.
+            mean = divide_gradient(grads)
+            mean = mean if loss_scale is None else loss_scale.unscale(mean)
+            return self.kind.apply(old, mean, output.loss)
+
+        new = jax.lax.cond(good, apply, self.kind.skip, state)
+        if loss_scale is not None:
+            adjusted = loss_scale.adjust(jnp.isfinite(norm))
+            adjusted = _select(_any_weight(output.weights), adjusted, loss_scale)
+            new = self.kind.with_loss_scale(new, adjusted)
+            norm = loss_scale.unscale(norm)
         model_state = _select(good, output.model_state, model_state)
         new = self.kind.with_model_state(new, model_state)
         return new, _record(
@@ -98,7 +114,7 @@ class Step:
         )
 
     def _cycle(self, batch, whole):
-        params, args, model_state, key, num_microbatches = whole
+        params, args, model_state, key, num_microbatches, loss_scale = whole
         cycle = Cycle(
             self.settings,
             params,
@@ -108,7 +124,7 @@ class Step:
             key=key,
             num_microbatches=num_microbatches,
         )
-        return cycle.run(reduce=True)
+        return cycle.run(reduce=True, loss_scale=loss_scale)
 
 
 def jit_step(step: Step, axis_name: AxisNames | None, donate: bool) -> Callable:
@@ -167,12 +183,16 @@ def add_note_on_dtypes(error: TypeError, grads: PyTree, params: PyTree) -> None:
 
 def _is_good(weights, norm, nonfinite):
     """Whether a cycle is applied: it has a weight, and is finite if that is asked."""
-    weights = jnp.stack([jnp.asarray(w, jnp.float32) for w in weights.values()])
-    has_weight = (weights != 0).any()
+    has_weight = _any_weight(weights)
     if nonfinite == "propagate":
         return has_weight
     # A negative weight is a count that ran over; NaN compares false.
-    return has_weight & jnp.isfinite(norm) & (weights >= 0).all()
+    right = [jnp.asarray(weight) >= 0 for weight in weights.values()]
+    return has_weight & jnp.isfinite(norm) & jnp.stack(right).all()
+
+
+def _any_weight(weights):
+    return jnp.stack([jnp.asarray(w) != 0 for w in weights.values()]).any()
 
 
 def _select(good, new, old):

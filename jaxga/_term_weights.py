@@ -17,6 +17,7 @@ from ._axes import full_of_type
 from ._checks import PyTree, check_constant_weight, check_real
 from ._dtypes import as_weight
 from ._forward import Forward
+from ._loss import terms_of, words_for
 from ._model_state import ModelState
 
 # The arguments of the traced forward pass.
@@ -52,7 +53,7 @@ def count_term_weights(
     state: ModelState,
 ) -> dict[str, jax.Array]:
     """The weight of each term over this device's micro-batches."""
-    types = forward.shapes[1][0]
+    types = terms_of(forward.shapes[1][0])
     pruned = forward.only(_wanted(forward, types))
     threads_state = pruned.needs[STATE]
     if pruned.needs[PARAMS] or threads_state:
@@ -80,7 +81,11 @@ def any_weight(weights: PyTree) -> jax.Array:
 
 def _wanted(forward, names, state=False):
     wanted = jax.tree.map(lambda _: False, forward.shapes)
-    weights = {name: name in names for name in wanted[1][0]}
+    weights = wanted[1][0]
+    if isinstance(weights, dict):
+        weights = {name: name in names for name in weights}
+    else:
+        weights = True
     leaves = [state for _ in wanted[1][2]]
     return wanted[0], (weights, wanted[1][1], leaves)
 
@@ -90,7 +95,7 @@ def _warn_of_second_forward(forward, names):
         needs = forward.only(_wanted(forward, [name])).needs
         if needs[PARAMS] or needs[STATE]:
             warnings.warn(
-                f"The weight of the term {name!r} depends on the parameters or on the "
+                f"The weight of {words_for(name)} depends on the parameters or on the "
                 "model state, so the forward pass runs once more, to find it before "
                 "the gradient. Give term_weights= to avoid that, if it is known.",
                 stacklevel=2,

@@ -9,6 +9,7 @@ import optax
 
 from ._checks import PyTree, describe
 from ._keys import check_key
+from ._loss_scale import check_loss_scale
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +23,8 @@ class TrainState:
         model_state: what the forward pass changes (batch statistics); None without.
         key: random key of the run, never advanced: a step folds it with the number of
             cycles so far. None without.
-        loss_scale: not built yet; None.
+        loss_scale: for float16, what the loss is multiplied with before it is
+            differentiated. None without.
         noise_scale: not built yet; None.
         update: int32 scalar, optimizer updates so far.
         skipped: int32 scalar, cycles so far that changed nothing, because their
@@ -52,16 +54,21 @@ class TrainState:
         """A state before the first update.
 
         Args:
-            params: pytree of floating-point arrays.
+            params: pytree of floating-point arrays. The state takes them over: a step
+                that donates its state deletes these very arrays.
             tx: the optimizer, an optax gradient transformation.
             model_state: what the forward pass changes, if anything.
             key: a random key for the run, if the loss function takes `key=`.
-            loss_scale: not built yet.
+            loss_scale: for float16 computation, an object with the methods of
+                `jmp.DynamicLossScale`: `scale(tree)`, `unscale(tree)` and
+                `adjust(grads_finite)`. It scales the mean of the cycle, not the sums
+                of its micro-batches, which would overflow long before.
             noise_scale: not built yet.
 
         Raises:
-            TypeError: `tx` is no gradient transformation.
-            NotImplementedError: `loss_scale` or `noise_scale` is given.
+            TypeError: `tx` is no gradient transformation; `loss_scale` lacks a method.
+            ValueError: `loss_scale` has a field that gets lost in a jitted function.
+            NotImplementedError: `noise_scale` is given.
 
         Example:
             >>> import jax.numpy as jnp
@@ -72,19 +79,17 @@ class TrainState:
             0 0
         """
         check_tx(tx)
-        for name, value in {
-            "loss_scale": loss_scale,
-            "noise_scale": noise_scale,
-        }.items():
-            if value is not None:
-                raise NotImplementedError(f"{name}= is not built yet; leave it out.")
+        if noise_scale is not None:
+            raise NotImplementedError("noise_scale= is not built yet; leave it out.")
+        if loss_scale is not None:
+            loss_scale = check_loss_scale(loss_scale)
         check_key(key, per_example=False)
         state = cls(
             params=params,
             opt_state=tx.init(params),
             model_state=model_state,
             key=key,
-            loss_scale=None,
+            loss_scale=loss_scale,
             noise_scale=None,
             update=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),

@@ -153,5 +153,11 @@ class _PlainState(StateKind):
     def with_model_state(self, state, model_state):
         return dataclasses.replace(state, model_state=model_state)
 
+    def loss_scale(self, state):
+        return state.loss_scale
+
+    def with_loss_scale(self, state, loss_scale):
+        return dataclasses.replace(state, loss_scale=loss_scale)
+
     def updates(self, state):
         return state.update

@@ -25,7 +25,7 @@ LAYERS = [
     ["_metrics", "_forward", "_keys", "_params", "_batches"],
     ["_sums"],
     ["_merge"],
-    ["_axes", "_batch_sizes", "_data_flow", "_dtypes", "_uses"],
+    ["_axes", "_batch_sizes", "_data_flow", "_dtypes", "_loss_scale", "_uses"],
     ["_checks"],
 ]
 
