@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from ._batch_sizes import BatchSizes as BatchSizes
 from ._batches import pad_batch as pad_batch
+from ._cycles import cycles as cycles
 from ._loss import LossOutput as LossOutput
 from ._merge import merge as merge
 from ._metrics import Max as Max

@@ -48,6 +48,16 @@ def check_array(name: str, value: Any) -> jax.Array:
         raise TypeError(f"{name} is {describe(value)}, not an array of JAX.") from error
 
 
+def check_host_array(name: str, value: Any) -> None:
+    """Refuses a NumPy array of a kind that JAX cannot hold, without moving it."""
+    # V: bfloat16 and the like.
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biufcV":
+        raise TypeError(
+            f"{name} is of dtype {value.dtype}, which JAX does not hold. Keep it out: "
+            "pass it as a further argument, or close over it."
+        )
+
+
 def check_numbers(name: str, value: ArrayLike) -> jax.Array:
     """Refuses what is no array of numbers or booleans."""
     try:

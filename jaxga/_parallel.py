@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._axes import AxisNames, check_axis_name
 from ._batches import count_rows
-from ._checks import PyTree, check_array, describe, place
+from ._checks import PyTree, check_array, check_host_array, describe, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +128,7 @@ class DataParallel:
         sharding = NamedSharding(self.mesh, PartitionSpec(self.axes))
         self._check_rows(batch, jax.process_count())
         for path, leaf in jax.tree.leaves_with_path(batch):
-            if isinstance(leaf, np.ndarray):
-                check_array(f"batch{place(path)}", leaf[:0])  # moves nothing
+            check_host_array(f"batch{place(path)}", leaf)
         if jax.process_count() == 1:
             return jax.device_put(batch, sharding)
         return jax.tree.map(
@@ -172,7 +171,7 @@ class DataParallel:
         return divided
 
     def _check_rows(self, batch, num_processes):
-        rows, devices = count_rows(batch), self.num_devices // num_processes
+        rows, devices = count_rows(batch), max(1, self.num_devices // num_processes)
         if rows % devices:
             raise ValueError(
                 f"The batch has {rows} rows, which do not divide over {devices} "

@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
-from ._checks import PyTree, check_array, describe, place
+from ._checks import PyTree, check_array, check_host_array, describe, place
 from ._dtypes import at_least_float32
 
 
@@ -28,11 +27,7 @@ def _check_leaf(words, leaf):
             f"{words} is {describe(leaf)}, not an array. Keep what is no parameter "
             "out of params: pass it as a further argument, or close over it."
         )
-    if isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufcV":
-        raise TypeError(
-            f"{words} is of dtype {leaf.dtype}, which JAX does not hold. Keep it out "
-            "of params: pass it as a further argument, or close over it."
-        )
+    check_host_array(words, leaf)
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(

@@ -18,14 +18,24 @@ LAYERS = [
     ["linen"],
     ["_train_step"],
     ["_step"],
-    ["_value_and_grad", "_parallel"],
+    ["_cycles"],
+    ["_cycle_reader"],
+    ["_interleave", "_parallel", "_value_and_grad"],
     ["_cycle"],
     ["_cycle_settings", "_summed_already", "_term_weights", "_train_state"],
     ["_accumulators", "_loss", "_model_state"],
     ["_metrics", "_forward", "_keys", "_params", "_batches"],
     ["_sums"],
     ["_merge"],
-    ["_axes", "_batch_sizes", "_data_flow", "_dtypes", "_loss_scale", "_uses"],
+    [
+        "_agreement",
+        "_axes",
+        "_batch_sizes",
+        "_data_flow",
+        "_dtypes",
+        "_loss_scale",
+        "_uses",
+    ],
     ["_checks"],
 ]
 
@@ -63,7 +73,8 @@ def test_that_check_can_fail():
 def test_public_names():
     assert set(PUBLIC) == set(
         "BatchSizes DataParallel LossOutput Max Min Stack Sum TrainState WeightedSum "
-        "make_train_step merge pad_batch value_and_grad value_and_grad_sums".split()
+        "cycles make_train_step merge pad_batch value_and_grad "
+        "value_and_grad_sums".split()
     )
 
 
