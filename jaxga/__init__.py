@@ -2,6 +2,9 @@
 
 from importlib.metadata import version as _version
 
+from ._accumulate import accumulate as accumulate
+from ._accumulate_state import has_updated as has_updated
+from ._accumulate_state import state_specs as state_specs
 from ._batch_sizes import BatchSizes as BatchSizes
 from ._batches import pad_batch as pad_batch
 from ._cycles import cycles as cycles

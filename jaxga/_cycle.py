@@ -93,6 +93,7 @@ class Cycle:
         self,
         *,
         reduce: bool,
+        reduce_gradient: bool = True,
         term_weights: Mapping | None = None,
         loss_scale: Any = None,
     ) -> tuple[LossOutput, WeightedSum]:
@@ -100,6 +101,7 @@ class Cycle:
 
         Args:
             reduce: whether to merge over the devices.
+            reduce_gradient: whether the gradient and its weight too, if anything is.
             term_weights: the weight of each term over the cycle, if known.
             loss_scale: what the mean loss is scaled by; the gradient comes scaled.
 
@@ -115,11 +117,15 @@ class Cycle:
             self._start(),
             in_place=self._in_place(),
         )
+        weight = _only_weight(parts)
         if reduce and self.axes:
-            grads, parts = self._all_reduce(grads, parts)
+            if reduce_gradient:
+                grads, parts = self._all_reduce(grads, parts)
+                weight = _only_weight(parts)
+            else:
+                _, parts = self._all_reduce([], parts)
         loss, state = parts["loss"], self.state.finish(parts["state"])
-        (only, *_) = terms_of(loss).values()
-        weight = only.weight if factors is None else jnp.int32(1)
+        weight = weight if factors is None else jnp.int32(1)
         grads = jax.tree.unflatten(self.treedef, grads)
         return LossOutput(loss, parts["metrics"], state), WeightedSum(grads, weight)
 
@@ -246,6 +252,10 @@ class Cycle:
         check_terms_differ(terms_of(totals), terms_of(weights), every)
         check_metrics_differ(metrics, every)
         self.state.check_agreement([flow.differs for flow in state])
+
+
+def _only_weight(parts):
+    return next(iter(terms_of(parts["loss"]).values())).weight
 
 
 def _map(function, tree, *rest):

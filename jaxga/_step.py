@@ -1,6 +1,7 @@
 """One step on any kind of train state: a cycle, then one update or none."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._accumulate_state import AccumulateState, find_states
 from ._axes import AxisNames
 from ._checks import PyTree, check_flag, describe
 from ._cycle import Cycle
 from ._cycle_settings import CycleSettings
 from ._dtypes import as_total
+from ._feeding import check_feeding, find_feeding, is_finite_everywhere
 from ._parallel import DataParallel
 from ._sums import divide_gradient, inverse
 from ._value_and_grad import CycleOutput, finish_output
@@ -28,12 +31,22 @@ class StateKind:
         """Its parameters, its model state, and the key of the next cycle."""
         raise NotImplementedError
 
+    def optimizer(self, state: Any) -> tuple[optax.GradientTransformation, PyTree]:
+        """The optimizer and its state."""
+        raise NotImplementedError
+
     def apply(self, state: Any, grads: PyTree, loss: jax.Array) -> Any:
         """The state after an update, its model state apart."""
         raise NotImplementedError
 
     def skip(self, state: Any) -> Any:
         """The state after a cycle that changes nothing."""
+        raise NotImplementedError
+
+    def accumulated(
+        self, state: Any, params: PyTree, opt_state: PyTree, after: AccumulateState
+    ) -> Any:
+        """The state after a call of an optimizer that accumulates over calls."""
         raise NotImplementedError
 
     def with_model_state(self, state: Any, model_state: PyTree) -> Any:
@@ -77,16 +90,30 @@ class Step:
 
     def __call__(self, state, batch, *args, key=None, num_microbatches=None):
         self.kind.check(state)
+        feeding = find_feeding(*self.kind.optimizer(state), self.parallel is not None)
         params, model_state, key = self.kind.read(state, key)
+        if key is not None and feeding is not None:
+            key = jax.random.fold_in(key, feeding.calls())
         loss_scale = self.kind.loss_scale(state)
-        cycle = (
-            self._cycle if self.parallel is None else self.parallel.divide(self._cycle)
-        )
-        sums, grads = cycle(
-            batch, (params, args, model_state, key, num_microbatches, loss_scale)
-        )
+        whole = (params, args, model_state, key, num_microbatches, loss_scale)
+        is_local = feeding is not None and feeding.is_local
+        run = functools.partial(self._cycle, reduce_gradient=not is_local)
+        run = run if self.parallel is None else self.parallel.divide(run)
+        sums, grads = run(batch, whole)
         _check_names(sums.metrics)
         output = finish_output(sums, None)
+        if feeding is None:
+            new, good, counts = self._update(state, grads, output)
+        else:
+            check_feeding(sums.loss, loss_scale, self.nonfinite)
+            new, good, counts = self._add(feeding, state, grads, output)
+        model_state = _select(good, output.model_state, model_state)
+        new = self.kind.with_model_state(new, model_state)
+        return new, _record(output, isinstance(sums.loss, dict), **counts)
+
+    def _update(self, state, grads, output):
+        """One update of the optimizer with the finished gradient, or none."""
+        loss_scale = self.kind.loss_scale(state)
         norm = optax.tree.norm(jax.tree.map(as_total, grads.total))
         good = _is_good(output.weights, norm, self.nonfinite)
 
@@ -103,17 +130,32 @@ class Step:
             adjusted = _select(_any_weight(output.weights), adjusted, loss_scale)
             new = self.kind.with_loss_scale(new, adjusted)
             norm = loss_scale.unscale(norm)
-        model_state = _select(good, output.model_state, model_state)
-        new = self.kind.with_model_state(new, model_state)
-        return new, _record(
-            output,
-            has_terms=isinstance(sums.loss, dict),
-            grad_norm=norm * inverse(grads.weight, norm.dtype),
-            update=self.kind.updates(new),
-            skipped=1 - good.astype(jnp.int32),
-        )
+        counts = {
+            "grad_norm": norm * inverse(grads.weight, norm.dtype),
+            "update": self.kind.updates(new),
+            "skipped": 1 - good.astype(jnp.int32),
+        }
+        return new, good, counts
 
-    def _cycle(self, batch, whole):
+    def _add(self, feeding, state, grads, output):
+        """One call of an optimizer that accumulates over calls."""
+        params, opt_state = feeding.add(
+            self.kind.read(state, None)[0],
+            self.kind.optimizer(state)[1],
+            grads,
+            output.loss,
+        )
+        after = next(iter(find_states(opt_state).values()))
+        new = self.kind.accumulated(state, params, opt_state, after)
+        axes = self.settings.axis_name if feeding.is_local else ()
+        counts = {
+            "grad_norm": after.grad_norm,
+            "update": after.update,
+            "skipped": after.skipped - feeding.state.skipped,
+        }
+        return new, is_finite_everywhere(grads, axes), counts
+
+    def _cycle(self, batch, whole, *, reduce_gradient):
         params, args, model_state, key, num_microbatches, loss_scale = whole
         cycle = Cycle(
             self.settings,
@@ -124,7 +166,9 @@ class Step:
             key=key,
             num_microbatches=num_microbatches,
         )
-        return cycle.run(reduce=True, loss_scale=loss_scale)
+        return cycle.run(
+            reduce=True, reduce_gradient=reduce_gradient, loss_scale=loss_scale
+        )
 
 
 def jit_step(step: Step, axis_name: AxisNames | None, donate: bool) -> Callable:
@@ -155,30 +199,6 @@ def parallel_axis(
             "the step makes its own shard_map, with axis_name it is called in yours."
         )
     return parallel.axes
-
-
-def cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    """An optimizer's new state in the dtypes that `init` gave it."""
-
-    def cast(leaf, like):
-        same = getattr(leaf, "dtype", None) == getattr(like, "dtype", None)
-        return leaf if same else jnp.asarray(leaf, like.dtype)
-
-    return jax.tree.map(cast, tree, like)
-
-
-def add_note_on_dtypes(error: TypeError, grads: PyTree, params: PyTree) -> None:
-    """Says what to do where an optimizer cannot mix dtypes."""
-    dtypes = [
-        {leaf.dtype for leaf in jax.tree.leaves(tree)} for tree in (grads, params)
-    ]
-    if dtypes[0] != dtypes[1]:
-        error.add_note(
-            "jaxga: gradients are handed to the optimizer in the dtype in which they "
-            "were summed, float32 for bfloat16 parameters, and this transformation "
-            "cannot mix the two. Put optax.stateless(lambda updates, params: "
-            "optax.tree.cast_like(updates, params)) before it in an optax.chain."
-        )
 
 
 def _is_good(weights, norm, nonfinite):

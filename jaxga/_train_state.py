@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._checks import PyTree, describe
+from ._checks import PyTree
 from ._keys import check_key
 from ._loss_scale import check_loss_scale
+from ._optimizer import check_transformation, settled
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +79,7 @@ class TrainState:
             >>> print(state.update, state.skipped)
             0 0
         """
-        check_tx(tx)
+        check_transformation("tx", tx)
         if noise_scale is not None:
             raise NotImplementedError("noise_scale= is not built yet; leave it out.")
         if loss_scale is not None:
@@ -94,26 +95,4 @@ class TrainState:
             update=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
         )
-        return _each_buffer_once(state)
-
-
-def _each_buffer_once(state: TrainState) -> TrainState:
-    """Copies an array that stands in the state twice: it can be donated only once."""
-    seen = set()
-
-    def own(leaf):
-        if isinstance(leaf, jax.Array) and id(leaf) in seen:
-            return jnp.copy(leaf)
-        seen.add(id(leaf))
-        return leaf
-
-    return jax.tree.map(own, state)
-
-
-def check_tx(tx: Any) -> None:
-    """Refuses what is no optax gradient transformation."""
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            f"tx is {describe(tx)}; it must be an optax gradient transformation, "
-            "optax.adamw(1e-3), say."
-        )
+        return settled(state, ())

@@ -11,16 +11,11 @@ from jax.typing import DTypeLike
 from ._axes import AxisNames
 from ._checks import name_of_type
 from ._cycle_settings import CycleSettings
+from ._feeding import anywhere
+from ._optimizer import check_transformation, run_transformation
 from ._parallel import DataParallel
-from ._step import (
-    StateKind,
-    Step,
-    add_note_on_dtypes,
-    cast_like,
-    jit_step,
-    parallel_axis,
-)
-from ._train_state import TrainState, check_tx
+from ._step import StateKind, Step, jit_step, parallel_axis
+from ._train_state import TrainState
 
 
 def make_train_step(
@@ -89,7 +84,7 @@ def make_train_step(
         >>> print(state.params, metrics["loss"], metrics["update"])
         [0.05 0.05] 1.0 1
     """
-    check_tx(tx)
+    check_transformation("tx", tx)
     settings = CycleSettings(
         loss_fn,
         accum_steps=accum_steps,
@@ -105,7 +100,7 @@ def make_train_step(
 
 class _PlainState(StateKind):
     def __init__(self, tx):
-        self.tx = optax.with_extra_args_support(tx)
+        self.tx = tx
 
     def check(self, state):
         if not isinstance(state, TrainState):
@@ -114,7 +109,8 @@ class _PlainState(StateKind):
                 "jaxga.TrainState, as jaxga.TrainState.create(params, tx) makes it. "
                 "For Flax's own TrainState there is jaxga.linen.make_train_step."
             )
-        made = jax.tree.structure(jax.eval_shape(self.tx.init, state.params))
+        init = anywhere(self.tx).init
+        made = jax.tree.structure(jax.eval_shape(init, state.params))
         if made != jax.tree.structure(state.opt_state):
             raise ValueError(
                 "The state's opt_state was made by another optimizer than the step's: "
@@ -133,18 +129,26 @@ class _PlainState(StateKind):
         return state.params, state.model_state, key
 
     def apply(self, state, grads, loss):
-        try:
-            updates, opt_state = self.tx.update(
-                grads, state.opt_state, state.params, value=loss
-            )
-        except TypeError as error:
-            add_note_on_dtypes(error, grads, state.params)
-            raise
+        updates, opt_state = run_transformation(
+            self.tx, grads, state.opt_state, state.params, {"value": loss}
+        )
         return dataclasses.replace(
             state,
             params=optax.apply_updates(state.params, updates),
-            opt_state=cast_like(opt_state, state.opt_state),
+            opt_state=opt_state,
             update=state.update + 1,
+        )
+
+    def optimizer(self, state):
+        return self.tx, state.opt_state
+
+    def accumulated(self, state, params, opt_state, after):
+        return dataclasses.replace(
+            state,
+            params=params,
+            opt_state=opt_state,
+            update=after.update,
+            skipped=after.skipped,
         )
 
     def skip(self, state):

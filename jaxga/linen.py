@@ -12,15 +12,9 @@ from ._axes import AxisNames
 from ._checks import name_of_type
 from ._cycle_settings import CycleSettings
 from ._keys import check_key
+from ._optimizer import add_note_on_dtypes, cast_like
 from ._parallel import DataParallel
-from ._step import (
-    StateKind,
-    Step,
-    add_note_on_dtypes,
-    cast_like,
-    jit_step,
-    parallel_axis,
-)
+from ._step import StateKind, Step, jit_step, parallel_axis
 
 
 def make_train_step(
@@ -161,6 +155,13 @@ class _LinenState(StateKind):
             add_note_on_dtypes(error, grads, state.params)
             raise
         return cast_like(new, state)
+
+    def optimizer(self, state):
+        return state.tx, state.opt_state
+
+    def accumulated(self, state, params, opt_state, after):
+        # Not by apply_gradients, which has no place for a weight and counts calls.
+        return state.replace(params=params, opt_state=opt_state, step=after.update)
 
     def skip(self, state):
         return state

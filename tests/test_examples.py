@@ -33,6 +33,28 @@ def figures(output):
     return {int(run): tuple(map(float, values)) for run, *values in lines}
 
 
+def test_streaming(tmp_path):
+    script = BYTE_LM.parent / "streaming.py"
+    result = run_byte_lm(tmp_path, "--microbatches", "150", script=script)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = re.search(
+        r"largest difference of the loss: (\S+)\n.*parameters.*: (\S+)", result.stdout
+    )
+    assert all(float(number) < LOSS_BOUND for number in found.groups())
+    cycles = re.search(r"(\d+) updates of (\d+) to (\d+) micro-batches", result.stdout)
+    updates, least, most = map(int, cycles.groups())
+    assert updates >= 5 and least < most  # they end by tokens, not by count
+    picture = (tmp_path / "streaming.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_streaming_refuses_wrong_flags(tmp_path):
+    script = BYTE_LM.parent / "streaming.py"
+    result = run_byte_lm(tmp_path, "--microbatches", "0", script=script)
+    assert result.returncode == 2
+    assert "error: --microbatches 0: must be at least 1" in result.stderr
+
+
 @pytest.mark.parametrize("devices", (1, 8))
 def test_byte_lm(tmp_path, devices):
     result = run_byte_lm(tmp_path, *QUICK, "--devices", str(devices))

@@ -18,12 +18,17 @@ LAYERS = [
     ["linen"],
     ["_train_step"],
     ["_step"],
+    ["_feeding"],
+    ["_accumulate"],
+    ["_open_cycle"],
+    ["_closing"],
+    ["_accumulate_state", "_contribution", "_cycle_end"],
     ["_cycles"],
     ["_cycle_reader"],
     ["_interleave", "_parallel", "_value_and_grad"],
     ["_cycle"],
     ["_cycle_settings", "_summed_already", "_term_weights", "_train_state"],
-    ["_accumulators", "_loss", "_model_state"],
+    ["_accumulators", "_compensated", "_loss", "_model_state", "_norms"],
     ["_metrics", "_forward", "_keys", "_params", "_batches"],
     ["_sums"],
     ["_merge"],
@@ -34,6 +39,7 @@ LAYERS = [
         "_data_flow",
         "_dtypes",
         "_loss_scale",
+        "_optimizer",
         "_uses",
     ],
     ["_checks"],
@@ -73,8 +79,8 @@ def test_that_check_can_fail():
 def test_public_names():
     assert set(PUBLIC) == set(
         "BatchSizes DataParallel LossOutput Max Min Stack Sum TrainState WeightedSum "
-        "cycles make_train_step merge pad_batch value_and_grad "
-        "value_and_grad_sums".split()
+        "accumulate cycles has_updated make_train_step merge pad_batch state_specs "
+        "value_and_grad value_and_grad_sums".split()
     )
 
 

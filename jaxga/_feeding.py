@@ -1,0 +1,110 @@
+"""A step that feeds an accumulating optimizer: sums and their weight, undivided."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._accumulate import Accumulate, for_reduced_gradients
+from ._accumulate_state import AccumulateState, find_states, holds_accumulator
+from ._checks import PyTree
+from ._optimizer import run_transformation
+from ._sums import WeightedSum
+
+
+@dataclasses.dataclass(frozen=True)
+class Feeding:
+    """An optimizer made by `jaxga.accumulate`, and how a step feeds it.
+
+    Attributes:
+        tx: the optimizer.
+        state: the accumulator's state in the optimizer's.
+        is_local: whether each device keeps sums of its own until the cycle closes.
+    """
+
+    tx: optax.GradientTransformation
+    state: AccumulateState
+    is_local: bool
+
+    def calls(self) -> jax.Array:
+        """Calls in this cycle so far."""
+        return self.state.num_microbatches
+
+    def add(
+        self, params: PyTree, opt_state: PyTree, grads: WeightedSum, loss: jax.Array
+    ) -> tuple[PyTree, PyTree]:
+        """Adds what one step has summed."""
+        arguments = {"weight": grads.weight, "value": loss}
+        if isinstance(self.tx, Accumulate):
+            tx = anywhere(self.tx)
+            return tx.step(params, opt_state, grads.total, **arguments)
+        updates, opt_state = run_transformation(
+            self.tx, grads.total, opt_state, params, arguments
+        )
+        return optax.apply_updates(params, updates), opt_state
+
+
+def anywhere(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx`, such that an accumulator without axes may be made inside a map too."""
+    named = not isinstance(tx, Accumulate) or tx.cycle.axes is not None
+    return tx if named else for_reduced_gradients(tx)
+
+
+def find_feeding(
+    tx: optax.GradientTransformation, opt_state: PyTree, has_parallel: bool
+) -> Feeding | None:
+    """How to feed `tx`; None if it takes finished gradients."""
+    if not holds_accumulator(opt_state):
+        return None
+    states = find_states(opt_state)
+    if not states:
+        raise ValueError(
+            "The optimizer is wrapped in optax.MultiSteps, which would average the "
+            "cycles' gradients, each alike. Give the step the optimizer itself and a "
+            "larger accum_steps, or jaxga.accumulate(optimizer, accum_steps)."
+        )
+    if len(states) > 1:
+        raise ValueError(
+            f"The optimizer holds {len(states)} accumulators, at {', '.join(states)}: "
+            "their cycles need not end together. Put one jaxga.accumulate around them."
+        )
+    (state,) = states.values()
+    is_local = state.sum_weight.ndim > 1
+    if is_local and has_parallel:
+        raise ValueError(
+            "The optimizer was made by jaxga.accumulate with an axis_name, for a step "
+            "in a pmap or shard_map of your own. With parallel= the step reduces each "
+            "call's sums itself: leave axis_name out of accumulate."
+        )
+    return Feeding(tx, state, is_local)
+
+
+def check_feeding(loss: Any, loss_scale: Any, nonfinite: str) -> None:
+    """Refuses what cannot be exact, or has no meaning, over several calls."""
+    if isinstance(loss, dict) and len(loss) > 1:
+        raise ValueError(
+            f"loss_fn returned the terms {sorted(loss)}, and the optimizer accumulates "
+            "over several calls: each term would be divided by its weight in one call, "
+            "not by that in the cycle. Compute the cycle in one call (accum_steps of "
+            "the step), or call jaxga.value_and_grad_sums with term_weights= and "
+            "tx.step yourself."
+        )
+    if loss_scale is not None:
+        raise ValueError(
+            "A loss scale and an optimizer made by jaxga.accumulate do not go "
+            "together: the scale is adjusted once per cycle, and the step does not see "
+            "the cycle. Compute the cycle in one call."
+        )
+    if nonfinite != "skip_cycle":
+        raise ValueError(
+            f"{nonfinite=} was given to the step, but the optimizer made by "
+            "jaxga.accumulate decides that: give it to accumulate."
+        )
+
+
+def is_finite_everywhere(grads: WeightedSum, axes: tuple[str, ...]) -> jax.Array:
+    """Whether this call's gradient is finite, on all devices of `axes`."""
+    finite = jnp.isfinite(optax.tree.norm(grads.total))
+    return jax.lax.pmin(finite.astype(jnp.int32), axes) > 0 if axes else finite
