@@ -446,6 +446,10 @@ SIZE = sum(s.size for s in SHAPES.values())
 WEIGHT = jax.ShapeDtypeStruct((), jnp.int32)
 
 
+# jaxlib 0.10.0 and 0.10.1 copy what a conditional reads: 4 bytes, written and read.
+COPIED = 0 if jax.__version_info__ >= (0, 10, 2) else 4
+
+
 class Cost:
     """Per parameter: bytes accessed, temporaries, aliased; and copies of a leaf."""
 
@@ -488,8 +492,9 @@ def test_a_call_costs_an_addition_and_its_closing_one_optimizer(settings, extra)
     cost = Cost(tx.step, SHAPES, state, SHAPES, WEIGHT)
     inner_state = jax.eval_shape(optax.adamw(1e-3).init, SHAPES)
     closing = Cost(plain_adamw, SHAPES, inner_state, SHAPES).bytes
-    assert 12 + closing <= cost.bytes <= 12 + closing + extra + 0.5
-    assert cost.temp <= 0.01 and cost.copies == 0
+    copied = COPIED * extra / 2  # each tree that is read besides
+    assert 12 + closing <= cost.bytes <= 12 + closing + extra + copied + 0.5
+    assert cost.temp <= COPIED + 0.01 and cost.copies == 0
     assert cost.not_aliased <= 1  # the output's own table may be rounded up
 
 
@@ -519,7 +524,8 @@ def test_another_order_of_arguments_would_copy():
 def test_flush_needs_no_temporary():
     tx = jaxga.accumulate(optax.adamw(1e-3), 8)
     cost = Cost(tx.flush, SHAPES, jax.eval_shape(tx.init, SHAPES))
-    assert cost.temp <= 0.01 and cost.copies == 0 and cost.not_aliased <= 1
+    assert cost.temp <= COPIED + 0.01 and cost.copies == 0
+    assert cost.not_aliased <= 1
 
 
 @pytest.mark.parametrize(
@@ -572,7 +578,6 @@ def test_a_fresh_state_can_be_donated(inner):
         (dict(accum_steps=2, axis_name=("a", "a")), ValueError, "an axis twice"),
         (dict(accum_steps=2, accum_dtype="int32"), TypeError, "floating point"),
     ],
-    ids=str,
 )
 def test_refuses_settings(kwargs, error, match):
     with pytest.raises(error, match=match):
@@ -666,7 +671,6 @@ def test_refuses_gradients(grads, error, match):
         (dict(value=np.ones(2)), ValueError, r"value is .*shape \(2,\).*a scalar"),
         (dict(value="low"), TypeError, "value is 'low'"),
     ],
-    ids=str,
 )
 def test_refuses_arguments_of_a_call(kwargs, error, match):
     tx = jaxga.accumulate(optax.sgd(0.1), 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 ROOT = Path(__file__).parent.parent / "benchmarks"
@@ -31,16 +32,28 @@ def load(monkeypatch):
         sys.modules.pop(script.stem, None)
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory):
-    path = tmp_path_factory.mktemp("benchmarks") / "cycle.json"
-    command = [sys.executable, "-W", "error", str(ROOT / "cycle.py"), *TINY]
+def run_script(folder, script, *options):
+    path = folder.mktemp("benchmarks") / "result.json"
+    command = [sys.executable, "-W", "error", str(ROOT / script), *options]
     subprocess.run([*command, "--output", str(path)], check=True, timeout=120)
     return json.loads(path.read_text())
 
 
-def test_cycle_says_what_it_ran_on(result):
-    assert {"question", "environment", "models"} == result.keys()
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return run_script(tmp_path_factory, "cycle.py", *TINY)
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    options = ("--size", "tiny", "--rounds", "2")
+    return run_script(tmp_path_factory, "streaming.py", *options)
+
+
+@pytest.mark.parametrize("script", ("result", "streamed"))
+def test_a_script_says_what_it_ran_on(script, request):
+    result = request.getfixturevalue(script)
+    assert {"question", "environment"} < result.keys()
     versions = {"python", "jax", "jaxlib", "optax", "jaxga"}
     others = {"device_kind", "backend", "cpu_count", "commit"}
     assert versions | others == result["environment"].keys()
@@ -48,6 +61,7 @@ def test_cycle_says_what_it_ran_on(result):
 
 
 def test_cycle_measures_all_contenders(result):
+    assert result.keys() == {"question", "environment", "models"}
     (model,) = result["models"]
     assert (model["model"], model["rounds"], model["accum_steps"]) == ("scanned", 2, 8)
     found = model["contenders"]
@@ -68,6 +82,53 @@ def test_cutting_a_batch_saves_memory_in_what_is_measured(result):
     (model,) = result["models"]
     temp = {name: found["temp_bytes"] for name, found in model["contenders"].items()}
     assert all(temp[name] < temp["full batch"] / 2 for name in CUT)
+
+
+def test_streaming_measures_all_contenders(streamed):
+    setting = {"question", "environment", "parameters", "shapes"}
+    setting |= {"accum_steps", "rounds"}
+    assert streamed.keys() == setting | {"multisteps_to_step", "contenders"}
+    found, multisteps = streamed["contenders"], streamed["multisteps_to_step"]
+    assert (streamed["accum_steps"], streamed["rounds"]) == (8, 2)
+    sizes = [np.prod(shape) for shape in streamed["shapes"]]
+    assert sum(sizes) == streamed["parameters"] and len(set(sizes)) > 1
+    others = {"jaxga step", "jaxga update", "optax.MultiSteps"}
+    assert found.keys() == others | {"bare add + AdamW"}
+    for ratio in (multisteps, *(each["time_to_floor"] for each in found.values())):
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"] < np.inf
+    times = {"median_seconds", "mid_call_ms", "closing_call_ms", "compile_seconds"}
+    known = {"bytes_per_parameter", "temp_per_parameter", "leaf_copies"}
+    errors = {"parameters_error", "moments_error"}
+    for name, contender in found.items():
+        assert contender.keys() == times | known | errors | {"time_to_floor"}
+        assert all(0 < contender[key] < np.inf for key in times)
+        assert all(0 <= contender[key] < np.inf for key in known)
+        for key in errors:
+            error = contender[key]
+            assert error is None if name not in others else 0 <= error <= 1e-6
+
+
+def test_streaming_counts_the_copies_of_multisteps(streamed):
+    copies = {k: found["leaf_copies"] for k, found in streamed["contenders"].items()}
+    assert copies["bare add + AdamW"] == copies["jaxga step"] == 0
+    assert copies["optax.MultiSteps"] > 0
+
+
+@pytest.mark.parametrize("accum_steps, mean", ((7, True), (8, False)))
+def test_another_cycle_is_found_out(load, accum_steps, mean):
+    """One call short; and a sum, whose first AdamW update is that of the mean."""
+    streaming, transformer = map(load, ("streaming", "transformer"))
+    params = transformer.make_params(transformer.SIZES["tiny"], scanned=True)
+    adamw = optax.adamw(1e-4)
+    wrong = optax.MultiSteps(adamw, accum_steps, use_grad_mean=mean)
+    entrants = {
+        streaming.FLOOR: streaming.Floor(adamw, params, params),
+        "wrong": streaming.OneFunction(
+            wrong, streaming.updating(wrong), params, params
+        ),
+    }
+    with pytest.raises(ValueError, match="'wrong' is .* away"):
+        streaming.check_cycle(entrants, [params])
 
 
 @pytest.mark.parametrize(
