@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +17,9 @@ from ._cycle_settings import CycleSettings
 from ._dtypes import as_total
 from ._feeding import check_feeding, find_feeding, is_finite_everywhere
 from ._parallel import DataParallel
+from ._record import check_names, make_record
 from ._sums import divide_gradient, inverse
-from ._value_and_grad import CycleOutput, finish_output
+from ._value_and_grad import finish_output
 
 
 class StateKind:
@@ -100,16 +101,16 @@ class Step:
         run = functools.partial(self._cycle, reduce_gradient=not is_local)
         run = run if self.parallel is None else self.parallel.divide(run)
         sums, grads = run(batch, whole)
-        _check_names(sums.metrics)
+        check_names(sums.metrics)
         output = finish_output(sums, None)
         if feeding is None:
             new, good, counts = self._update(state, grads, output)
         else:
             check_feeding(sums.loss, loss_scale, self.nonfinite)
-            new, good, counts = self._add(feeding, state, grads, output)
+            new, good, counts = self._add(feeding, state, params, grads, output)
         model_state = _select(good, output.model_state, model_state)
         new = self.kind.with_model_state(new, model_state)
-        return new, _record(output, isinstance(sums.loss, dict), **counts)
+        return new, make_record(output, isinstance(sums.loss, dict), **counts)
 
     def _update(self, state, grads, output):
         """One update of the optimizer with the finished gradient, or none."""
@@ -137,14 +138,10 @@ class Step:
         }
         return new, good, counts
 
-    def _add(self, feeding, state, grads, output):
+    def _add(self, feeding, state, params, grads, output):
         """One call of an optimizer that accumulates over calls."""
-        params, opt_state = feeding.add(
-            self.kind.read(state, None)[0],
-            self.kind.optimizer(state)[1],
-            grads,
-            output.loss,
-        )
+        opt_state = self.kind.optimizer(state)[1]
+        params, opt_state = feeding.add(params, opt_state, grads, output.loss)
         after = next(iter(find_states(opt_state).values()))
         new = self.kind.accumulated(state, params, opt_state, after)
         axes = self.settings.axis_name if feeding.is_local else ()
@@ -222,34 +219,3 @@ def _select(good, new, old):
         return new if new is old else jnp.where(good, new, old)
 
     return jax.tree.map(select, new, old)
-
-
-def _check_names(metrics: PyTree) -> None:
-    """Refuses metrics that a record has no names for."""
-    if not isinstance(metrics, Mapping | None):
-        raise TypeError(
-            f"loss_fn returned metrics of type {type(metrics).__name__}; a training "
-            "step needs a dict of metrics by name."
-        )
-    for name in metrics or ():
-        if not isinstance(name, str):
-            raise TypeError(f"loss_fn returned a metric named {name!r}; use a string.")
-
-
-def _record(output: CycleOutput, has_terms: bool, **counts) -> dict[str, Any]:
-    """One record per update, each name once."""
-    metrics = output.metrics or {}
-    weights = output.weights if len(output.weights) > 1 else output.weight
-    record = {"loss": output.loss, "weight": weights} | counts
-    terms = output.terms if has_terms else {}
-    if list(terms) == ["loss"]:
-        terms = {}  # the only term is the objective
-    for what, entries in (("term", terms), ("metric", metrics)):
-        for name, value in entries.items():
-            if name in record:
-                raise ValueError(
-                    f"The {what} {name!r} has the name of another entry of the step's "
-                    f"record, {sorted(record)}. Give it another name."
-                )
-            record[name] = value
-    return record

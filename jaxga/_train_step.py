@@ -38,7 +38,9 @@ def make_train_step(
         loss_fn: as for `jaxga.value_and_grad`. Metrics that it returns must be a dict.
         tx: the optimizer, an optax gradient transformation; the one that the state was
             made with. It runs once per cycle, on the finished gradient, and is given
-            the loss as `value=`.
+            the loss as `value=`. One made by `jaxga.accumulate` is handed this call's
+            sums and their weight instead: its cycle may span several calls. A call
+            whose gradient is not finite then restores the model state that it changed.
         accum_steps: micro-batches per update. Give this or `microbatch_size`.
         microbatch_size: rows per micro-batch: with `parallel` or `axis_name`, of one
             device.
@@ -60,7 +62,10 @@ def make_train_step(
         term of a loss that is a dict; `weight` (of a loss of several terms, a dict by
         term); `grad_norm`, of the divided gradient; the loss function's own metrics;
         `update`, optimizer updates so far; `skipped`, 1 if this cycle changed nothing,
-        0 otherwise. `key=` is for one call; a state with a key needs none.
+        0 otherwise. (Where `tx` accumulates over calls, `loss` and `weight` are those
+        of the call, `grad_norm` is that of the last cycle that ended, and `skipped` is
+        1 in the call that ended a cycle which changed nothing.) `key=` is for one call;
+        a state with a key needs none.
 
     Raises:
         TypeError: `tx` is no gradient transformation; `parallel` is no `DataParallel`;

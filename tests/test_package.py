@@ -18,7 +18,7 @@ LAYERS = [
     ["linen"],
     ["_train_step"],
     ["_step"],
-    ["_feeding"],
+    ["_feeding", "_record"],
     ["_accumulate"],
     ["_open_cycle"],
     ["_closing"],
