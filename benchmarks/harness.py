@@ -20,8 +20,10 @@ PyTree = Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def compile_step(step: Callable, *args: PyTree) -> tuple[Any, dict[str, float]]:
-    """Compiles a step whose first argument is donated.
+def compile_step(
+    step: Callable, *args: PyTree, donate_argnums: int | tuple[int, ...] = 0
+) -> tuple[Any, dict[str, float]]:
+    """Compiles a step whose first argument, or those numbered, are donated.
 
     Returns:
         The compiled step, and what is known before it runs: `compile_seconds`, and in
@@ -29,7 +31,7 @@ def compile_step(step: Callable, *args: PyTree) -> tuple[Any, dict[str, float]]:
         `total_bytes` (with them, what is donated counted once).
     """
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(*args).compile()
+    compiled = jax.jit(step, donate_argnums=donate_argnums).lower(*args).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     temp = memory.temp_size_in_bytes

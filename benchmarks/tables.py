@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).parent
-_BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
 def cycle_table(result: Mapping[str, Any]) -> str:
@@ -18,21 +17,35 @@ def cycle_table(result: Mapping[str, Any]) -> str:
     parts = [_setting(result["environment"])]
     for model in result["models"]:
         parts.append(_model(model))
-        rows = [_row(name, found) for name, found in model["contenders"].items()]
-        parts.append(_markdown([_HEADER, *rows]))
+        rows = [_cycle_row(name, found) for name, found in model["contenders"].items()]
+        parts.append(_markdown([_CYCLE_HEADER, *rows]))
     return "\n\n".join(parts)
+
+
+def streaming_table(result: Mapping[str, Any]) -> str:
+    """The result of `streaming.py` as Markdown."""
+    contenders = result["contenders"]
+    rows = [_streaming_row(name, found) for name, found in contenders.items()]
+    table = _markdown([_STREAMING_HEADER, *rows])
+    return "\n\n".join([_setting(result["environment"]), _streamed(result), table])
+
+
+_TABLES = {"cycle": cycle_table, "streaming": streaming_table}
 
 
 def readme(text: str, results: Path = _HERE / "results") -> str:
     """The README with its tables made anew from the results."""
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    paths = sorted(results.glob("*/cycle.json"))
-    tables = [cycle_table(json.loads(path.read_text())) for path in paths]
-    return "\n\n".join([before + _BEGIN, *tables, _END + after])
+    for script, table in _TABLES.items():
+        begin, end = (f"<!-- {script} tables: {edge} -->" for edge in ("begin", "end"))
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        paths = sorted(results.glob(f"*/{script}.json"))
+        tables = [table(json.loads(path.read_text())) for path in paths]
+        text = "\n\n".join([before + begin, *tables, end + after])
+    return text
 
 
-_HEADER = (
+_CYCLE_HEADER = (
     "contender",
     "temporaries / gradient",
     "time / full batch",
@@ -43,7 +56,7 @@ _HEADER = (
 )
 
 
-def _row(name, found):
+def _cycle_row(name, found):
     full, parts = found["time_to_full_batch"], found["time_to_parts"]
     error = found["gradient_error"]
     return (
@@ -52,9 +65,45 @@ def _row(name, found):
         f"{full['median']:.3f}",
         f"{full['min']:.3f} to {full['max']:.3f}",
         f"{parts['median']:.3f}" if parts else "",
-        "" if error is None else f"{error:.0e}" if error else "0",
+        _error(error),
         f"{found['compile_seconds']:.1f} s",
     )
+
+
+_STREAMING_HEADER = (
+    "contender",
+    "cycle",
+    "cycle / floor",
+    "(least to greatest)",
+    "mid-cycle call",
+    "closing call",
+    "bytes / parameter",
+    "temporaries / parameter",
+    "leaf copies",
+    "parameters error",
+    "moments error",
+)
+
+
+def _streaming_row(name, found):
+    floor, accessed = found["time_to_floor"], found["bytes_per_parameter"]
+    return (
+        name,
+        f"{found['median_seconds']:.3g} s",
+        f"{floor['median']:.3f}",
+        f"{floor['min']:.3f} to {floor['max']:.3f}",
+        f"{found['mid_call_ms']:.3g} ms",
+        f"{found['closing_call_ms']:.3g} ms",
+        "" if accessed is None else f"{accessed:.1f}",
+        f"{found['temp_per_parameter']:.1f}",
+        str(found["leaf_copies"]),
+        _error(found["parameters_error"]),
+        _error(found["moments_error"]),
+    )
+
+
+def _error(error):
+    return "" if error is None else f"{error:.0e}" if error else "0"
 
 
 def _model(model):
@@ -65,6 +114,16 @@ def _model(model):
         f"{model['accum_steps']} micro-batches of {model['microbatch_size']} rows of "
         f"{model['length']} tokens; {model['rounds']} rounds; full batch "
         f"{model['contenders']['full batch']['median_seconds']:.3g} s."
+    )
+
+
+def _streamed(result):
+    ratio = result["multisteps_to_step"]
+    return (
+        f"{result['parameters'] / 1e6:.1f} M parameters in {len(result['shapes'])} "
+        f"leaves; cycles of {result['accum_steps']} calls; {result['rounds']} rounds; "
+        f"optax.MultiSteps / jaxga step: {ratio['median']:.2f} "
+        f"({ratio['min']:.2f} to {ratio['max']:.2f})."
     )
 
 

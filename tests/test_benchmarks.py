@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -128,7 +129,7 @@ def test_another_cycle_is_found_out(load, accum_steps, mean):
         ),
     }
     with pytest.raises(ValueError, match="'wrong' is .* away"):
-        streaming.check_cycle(entrants, [params])
+        streaming.check_cycle(entrants, [params, jax.tree.map(jnp.square, params)])
 
 
 @pytest.mark.parametrize(

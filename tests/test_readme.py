@@ -29,7 +29,7 @@ def test_messages_in_the_table_are_in_the_code():
 
 
 def test_commands_are_those_that_ci_runs():
-    pattern = r"^(?:python -m venv|\.venv/bin/pip install -e).*$"
+    pattern = r"^(?:python3 -m venv|\.venv/bin/pip install -e).*$"
     commands = re.findall(pattern, README, re.M)
     test_command = commands[1].split("&&")[1].strip().removeprefix(".venv/bin/")
     assert test_command == "python -m pytest -n 2"
