@@ -228,9 +228,18 @@ class Cycle:
 
     def _in_place(self):
         """Which gradients to sum in place, for the reasons in `_accumulators`."""
+        # Inside vmap, which has no rule for what is in place. JAX does not export the
+        # class by which it can be seen.
+        kinds = {type(leaf).__name__ for leaf in jax.tree.leaves(self._inputs())}
+        if "BatchTracer" in kinds:
+            return [False for _ in self.params]
         dtypes = zip(self.grad_dtypes, self.sum_dtypes, strict=True)
         uses = zip(self.forward.uses(), dtypes, strict=True)
         return [use == {"scan"} and one == other for use, (one, other) in uses]
+
+    def _inputs(self):
+        state, num = self.state.leaves, self.num_microbatches
+        return self.params, self.rows, self.args, state, self.key, num
 
     def _untouched_state(self):
         first = len(jax.tree.leaves(self.forward.shapes)) - len(self.state.leaves)

@@ -9,7 +9,8 @@ import optax
 
 from ._accumulate import Accumulate, for_reduced_gradients
 from ._accumulate_state import AccumulateState, find_states, holds_accumulator
-from ._checks import PyTree
+from ._checks import PyTree, place
+from ._forward import Forward
 from ._optimizer import run_transformation
 from ._sums import WeightedSum
 
@@ -53,7 +54,10 @@ def anywhere(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def find_feeding(
-    tx: optax.GradientTransformation, opt_state: PyTree, has_parallel: bool
+    tx: optax.GradientTransformation,
+    opt_state: PyTree,
+    params: PyTree,
+    has_parallel: bool,
 ) -> Feeding | None:
     """How to feed `tx`; None if it takes finished gradients."""
     if not holds_accumulator(opt_state):
@@ -78,7 +82,32 @@ def find_feeding(
             "in a pmap or shard_map of your own. With parallel= the step reduces each "
             "call's sums itself: leave axis_name out of accumulate."
         )
+    _check_all_accumulate(tx, opt_state, params, state)
     return Feeding(tx, state, is_local)
+
+
+def _check_all_accumulate(tx, opt_state, params, state):
+    """Refuses an optimizer for part of the parameters that would be fed bare sums."""
+    summed = {place(path) for path, _ in jax.tree.leaves_with_path(state.sums)}
+    paths = [place(path) for path, _ in jax.tree.leaves_with_path(params)]
+    if summed == set(paths) or isinstance(tx, Accumulate):
+        return
+
+    def update(grads):
+        extra_args = {"weight": jnp.float32(1), "value": jnp.float32(1)}
+        return run_transformation(tx, grads, opt_state, params, extra_args)[0]
+
+    traced = Forward(update, jax.tree.map(jnp.zeros_like, params))
+    nothing = jax.tree.map(lambda _: False, traced.shapes)
+    for i, path in enumerate(paths):
+        leaves = [j == i for j in range(len(paths))]
+        wanted = jax.tree.unflatten(jax.tree.structure(nothing), leaves)
+        if path not in summed and traced.only(wanted).needs[0]:
+            raise ValueError(
+                f"params{path} is updated by a part of the optimizer that does not "
+                "accumulate, beside one that does: it would be handed sums that are "
+                "not divided. Put jaxga.accumulate around the whole optimizer."
+            )
 
 
 def check_feeding(loss: Any, loss_scale: Any, nonfinite: str) -> None:

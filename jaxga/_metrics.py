@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -158,4 +159,6 @@ def _bounds(dtype):
         return False, True
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
+    if not np.isinf(np.asarray(np.inf).astype(dtype)):  # float8_e4m3fn has no infinity
+        return jnp.finfo(dtype).min, jnp.finfo(dtype).max
     return -jnp.inf, jnp.inf

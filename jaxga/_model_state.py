@@ -119,19 +119,24 @@ class _Carry:
     first: jax.Array
 
     def start(self):
-        return self.first
+        return WeightedSum(self.first, _no_count(self.first))
 
     def feed(self, part):
-        return part
+        return part.total
 
     def put(self, part, new, present):
-        return jnp.where(present, new, part)
+        # Of weight 1 once there was any: a device without rows has no say.
+        weight = jnp.maximum(part.weight, present.astype(jnp.int32))
+        return WeightedSum(jnp.where(present, new, part.total), weight)
 
     def all_reduce(self, part, axes):
-        return WeightedSum(as_total(part), 1).all_reduce(axes).mean()
+        total = as_total(part.total)
+        total = jnp.where(part.weight > 0, total, jnp.zeros_like(total))
+        merged = WeightedSum(total, part.weight).all_reduce(axes)
+        return WeightedSum(merged.mean(), merged.weight)
 
     def finish(self, part, old):
-        return part
+        return jnp.where(part.weight == 0, old, part.total)
 
 
 @dataclasses.dataclass
@@ -161,13 +166,14 @@ class _Max(_Mean):
 
     def start(self):
         check_real("model_state under the rule 'max'", self.first)
-        return Max(jnp.full_like(self.first, -jnp.inf))
+        return Max(jnp.full_like(as_total(self.first), -jnp.inf))
 
     def put(self, part, new, present):
-        return Max(jnp.where(present, part.merge(Max(new)).value, part.value))
+        largest = part.merge(Max(as_total(new)))
+        return Max(jnp.where(present, largest.value, part.value))
 
     def finish(self, part, old):
-        return jnp.where(part.value == -jnp.inf, old, part.value)
+        return jnp.where(part.value == -jnp.inf, as_total(old), part.value)
 
 
 @dataclasses.dataclass

@@ -166,7 +166,7 @@ class DataParallel:
                 # With it on, axes that are left automatic fail in an assertion of
                 # JAX (0.10 to 0.12).
                 check_vma=False,
-            )(self._place_rows(batch), whole)
+            )(self._place_rows(batch), jax.tree.map(self._gather, whole))
 
         return divided
 
@@ -186,6 +186,21 @@ class DataParallel:
             return jax.sharding.reshard(batch, sharding)
         return jax.lax.with_sharding_constraint(batch, sharding)
 
+    def _gather(self, leaf):
+        """Whole over the data axes, where their type says that it is not.
+
+        Automatic axes are gathered by the compiler.
+        """
+        if not isinstance(leaf, jax.Array) or not self.mesh.explicit_axes:
+            return leaf
+        spec = jax.typeof(leaf).sharding.spec
+        kept = [_without(entry, self.axes) for entry in spec]
+        if PartitionSpec(*kept) == spec:
+            return leaf
+        return jax.sharding.reshard(
+            leaf, NamedSharding(self.mesh, PartitionSpec(*kept))
+        )
+
     def _place_whole(self, path, leaf):
         sharding = getattr(leaf, "sharding", None)
         if not (isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh):
@@ -193,6 +208,11 @@ class DataParallel:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return jax.device_put(check_array(f"state{place(path)}", leaf), sharding)
+
+
+def _without(entry, axes):
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return tuple(name for name in names if name and name not in axes) or None
 
 
 def _product(numbers):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._accumulate_state import AccumulateState, find_states
+from ._accumulate_state import find_states
 from ._axes import AxisNames
 from ._checks import PyTree, check_flag, describe
 from ._cycle import Cycle
@@ -45,9 +45,17 @@ class StateKind:
         raise NotImplementedError
 
     def accumulated(
-        self, state: Any, params: PyTree, opt_state: PyTree, after: AccumulateState
+        self,
+        state: Any,
+        params: PyTree,
+        opt_state: PyTree,
+        updated: jax.Array,
+        skipped: jax.Array,
     ) -> Any:
-        """The state after a call of an optimizer that accumulates over calls."""
+        """The state after a call of an optimizer that accumulates over calls.
+
+        `updated` and `skipped`, 0 or 1, say whether it ended a cycle, and how.
+        """
         raise NotImplementedError
 
     def with_model_state(self, state: Any, model_state: PyTree) -> Any:
@@ -91,8 +99,9 @@ class Step:
 
     def __call__(self, state, batch, *args, key=None, num_microbatches=None):
         self.kind.check(state)
-        feeding = find_feeding(*self.kind.optimizer(state), self.parallel is not None)
         params, model_state, key = self.kind.read(state, key)
+        has_parallel = self.parallel is not None
+        feeding = find_feeding(*self.kind.optimizer(state), params, has_parallel)
         if key is not None and feeding is not None:
             key = jax.random.fold_in(key, feeding.calls())
         loss_scale = self.kind.loss_scale(state)
@@ -143,12 +152,14 @@ class Step:
         opt_state = self.kind.optimizer(state)[1]
         params, opt_state = feeding.add(params, opt_state, grads, output.loss)
         after = next(iter(find_states(opt_state).values()))
-        new = self.kind.accumulated(state, params, opt_state, after)
+        updated = after.update - feeding.state.update
+        skipped = after.skipped - feeding.state.skipped
+        new = self.kind.accumulated(state, params, opt_state, updated, skipped)
         axes = self.settings.axis_name if feeding.is_local else ()
         counts = {
             "grad_norm": after.grad_norm,
-            "update": after.update,
-            "skipped": after.skipped - feeding.state.skipped,
+            "update": self.kind.updates(new),
+            "skipped": skipped,
         }
         return new, is_finite_everywhere(grads, axes), counts
 

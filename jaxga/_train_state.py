@@ -89,7 +89,7 @@ class TrainState:
             params=params,
             opt_state=tx.init(params),
             model_state=model_state,
-            key=key,
+            key=None if key is None else jnp.copy(key),
             loss_scale=loss_scale,
             noise_scale=None,
             update=jnp.zeros((), jnp.int32),

@@ -147,13 +147,13 @@ class _PlainState(StateKind):
     def optimizer(self, state):
         return self.tx, state.opt_state
 
-    def accumulated(self, state, params, opt_state, after):
+    def accumulated(self, state, params, opt_state, updated, skipped):
         return dataclasses.replace(
             state,
             params=params,
             opt_state=opt_state,
-            update=after.update,
-            skipped=after.skipped,
+            update=state.update + updated,
+            skipped=state.skipped + skipped,
         )
 
     def skip(self, state):

@@ -96,7 +96,8 @@ def value_and_grad(
         `accum_steps` counts as `accum_steps`). `term_weights`: the weight of each term
         over the whole cycle and all devices, where the loader knows it. `grads` has the
         structure of `params`, divided, in the dtype in which it was summed. Wrap it in
-        `jax.jit`, `jax.pmap` or `jax.shard_map`.
+        `jax.jit`, `jax.pmap` or `jax.shard_map`; for an ensemble, in `jax.vmap`, and
+        that in `jax.jit`.
 
     Raises:
         TypeError: a size is no integer; parameters that are no floating-point arrays;

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.training.train_state import TrainState
 from jax.typing import DTypeLike
 
@@ -50,7 +51,9 @@ def make_train_step(
         per_example_keys: as for `jaxga.value_and_grad`.
         nonfinite: as for `jaxga.make_train_step`.
         accum_dtype: as for `jaxga.value_and_grad`.
-        donate: as for `jaxga.make_train_step`.
+        donate: as for `jaxga.make_train_step`. An optimizer whose state holds the very
+            arrays of the parameters (`optax.contrib.prodigy`) needs them copied first:
+            `state.replace(opt_state=jax.tree.map(jnp.copy, state.opt_state))`.
 
     Returns:
         `step(state, batch, *args, key=None, num_microbatches=None)`, which returns the
@@ -159,9 +162,11 @@ class _LinenState(StateKind):
     def optimizer(self, state):
         return state.tx, state.opt_state
 
-    def accumulated(self, state, params, opt_state, after):
+    def accumulated(self, state, params, opt_state, updated, skipped):
         # Not by apply_gradients, which has no place for a weight and counts calls.
-        return state.replace(params=params, opt_state=opt_state, step=after.update)
+        # Selected, not added: Flax's first step is Python's 0, and must stay weak.
+        step = jnp.where(updated > 0, state.step + 1, state.step)
+        return state.replace(params=params, opt_state=opt_state, step=step)
 
     def skip(self, state):
         return state

@@ -242,7 +242,43 @@ def test_one_trace_over_a_run():
     assert updates == [1, 1, 2, 2, 2, 3] and len(traces) == 1
 
 
+def test_counters_of_a_resumed_run_go_on():
+    """A new optimizer in an old run: its own counts begin at 0, the run's do not."""
+    tx = jaxga.accumulate(optax.sgd(0.1), 2)
+    traces = []
+
+    def traced(params, batch):
+        traces.append(1)
+        return counted(params, batch)
+
+    step = jaxga.linen.make_train_step(traced, accum_steps=6)
+    state = make_linen_state(tx).replace(step=1000)
+    steps = []
+    for batch in batches()[:4]:
+        state, metrics = step(state, batch)
+        steps.append((int(state.step), int(metrics["update"])))
+    assert steps == [(1000, 1000), (1001, 1001), (1001, 1001), (1002, 1002)]
+    assert len(traces) == 1
+    step = jaxga.make_train_step(counted, tx, accum_steps=6)
+    state = dataclasses.replace(
+        make_state(tx), update=jnp.int32(1000), skipped=jnp.int32(7)
+    )
+    for batch in batches()[:2]:
+        state, _ = step(state, batch)
+    assert (state.update, state.skipped) == (1001, 7)
+
+
 # What is refused.
+
+
+def test_part_that_does_not_accumulate_beside_one_that_does():
+    labels = {"embed": "plain", "hidden": "sums", "out": "sums"}
+    tx = optax.multi_transform(
+        {"sums": jaxga.accumulate(optax.sgd(1.0), 2), "plain": optax.sgd(1.0)}, labels
+    )
+    step = jaxga.make_train_step(counted, tx, accum_steps=6)
+    with pytest.raises(ValueError, match=r"\['embed'\].*around the whole optimizer"):
+        step(make_state(tx), make_batch())
 
 
 def test_several_terms_need_one_call():

@@ -172,6 +172,40 @@ def test_bfloat16_state_is_averaged_in_float32_and_keeps_its_dtype():
     assert state.dtype == jnp.bfloat16 and state == jnp.bfloat16(128.5)
 
 
+def test_float8_state_has_no_infinity_to_start_from():
+    def history(params, rows, model_state):
+        state = (model_state.astype(jnp.float32) + 1).astype(jnp.float8_e4m3fn)
+        return jaxga.LossOutput(jaxga.WeightedSum.of(params * rows), model_state=state)
+
+    cycle = jaxga.value_and_grad(history, accum_steps=2, model_state_merge="max")
+    first = jnp.ones(2, jnp.float8_e4m3fn)
+    state = cycle(jnp.float32(1), ROWS, model_state=first)[0].model_state
+    assert state.dtype == jnp.float8_e4m3fn
+    np.testing.assert_array_equal(state.astype(jnp.float32), [2, 2])
+
+
+def test_a_device_without_rows_has_no_say():
+    """Padding may leave devices without any weight: their state is an old one."""
+
+    def masked(params, batch, model_state):
+        rows, mask = batch
+        loss = jaxga.WeightedSum.of(params * rows, where=mask)
+        return jaxga.LossOutput(loss, model_state=0 * model_state + 8)
+
+    for rule in ("carry", "mean", "max"):
+        cycle = jaxga.value_and_grad(
+            masked, accum_steps=2, axis_name="data", model_state_merge=rule
+        )
+        mapped = jax.shard_map(
+            lambda b, s, cycle=cycle: cycle(jnp.float32(1), b, model_state=s)[0],
+            mesh=make_mesh(4),
+            in_specs=(P("data"), P()),
+            out_specs=P(),
+        )
+        batch = ROWS[:16], np.arange(16) < 8
+        assert jax.jit(mapped)(batch, jnp.float32(0)).model_state == 8
+
+
 def test_state_of_a_short_cycle_is_that_of_its_microbatches():
     cycle = jaxga.value_and_grad(loss_fn, accum_steps=3, model_state_merge="mean")
     run_short = jax.jit(

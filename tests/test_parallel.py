@@ -81,6 +81,20 @@ def test_shard_state_and_batch_and_init():
     assert planned.shape == (4, 2) and planned.sharding.mesh == parallel.mesh
 
 
+@pytest.mark.parametrize("axis_type", (AxisType.Auto, AxisType.Explicit))
+def test_further_arguments_may_lie_over_the_data_axis(axis_type):
+    def loss_fn(params, batch, scale):
+        return jaxga.WeightedSum.of(params * batch * scale.sum())
+
+    mesh = make_mesh(4, axis_type)
+    parallel = jaxga.DataParallel(mesh)
+    step = jaxga.make_train_step(loss_fn, TX, accum_steps=2, parallel=parallel)
+    state = parallel.shard_state(jaxga.TrainState.create(jnp.float32(0), TX))
+    scale = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, P("data")))
+    state, _ = step(state, np.ones(8, np.float32), scale)
+    assert state.params == -28
+
+
 def test_two_data_axes():
     mesh = jax.make_mesh((4, 2), ("replica", "fsdp"), (AxisType.Auto,) * 2)
     parallel = jaxga.DataParallel(mesh, axis=("replica", "fsdp"))

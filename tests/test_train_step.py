@@ -251,6 +251,16 @@ def test_key_of_the_state_is_folded_with_the_cycles_so_far():
     np.testing.assert_array_equal(metrics["draw"], draws[2])
 
 
+def test_the_callers_key_is_not_used_up():
+    key = jax.random.key(0)
+    tx = optax.sgd(0.0)
+    step = jaxga.make_train_step(
+        lambda p, rows, key: jaxga.WeightedSum.of(p * rows), tx, accum_steps=2
+    )
+    step(jaxga.TrainState.create(jnp.float32(1), tx, key=key), np.ones(4, np.float32))
+    assert jax.random.uniform(key) >= 0
+
+
 def test_optimizer_is_given_the_loss_as_value():
     tx = optax.chain(
         optax.sgd(1.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=1)

@@ -301,6 +301,21 @@ def test_inside_vmap_and_under_a_further_derivative():
     np.testing.assert_allclose(second, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("outside", (lambda f: f, jax.jit), ids=("eager", "jit"))
+def test_an_ensemble_of_scanned_layers(outside):
+    def loss_fn(params, x):
+        h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)
+        return jaxga.WeightedSum.of(h.sum(-1) ** 2)
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 3)).astype(np.float32)
+    params = rng.normal(size=(4, 2, 3, 3)).astype(np.float32)  # an ensemble of 4
+    cycle = jaxga.value_and_grad(loss_fn, accum_steps=4)
+    _, grads = outside(jax.vmap(cycle, in_axes=(0, None)))(params, x)
+    mean = jax.vmap(jax.grad(lambda p: loss_fn(p, x).mean()))
+    np.testing.assert_allclose(grads, mean(params), rtol=1e-4, atol=1e-6)
+
+
 def test_further_arguments_are_passed_whole():
     table = np.arange(5, dtype=np.float32)
 
