@@ -136,9 +136,11 @@ upper.set(
     title="Cycles that end when enough tokens are in; the last is flushed",
     ylabel="tokens per update",
 )
+upper.yaxis.label.set_color("tab:blue")
 counts = upper.twinx()
 counts.plot(updates, cycles, color="tab:orange", linewidth=1)
-counts.set(ylabel="micro-batches per update", ylim=(0, 2 * room))
+counts.set(ylim=(0, 2 * room))
+counts.set_ylabel("micro-batches per update", color="tab:orange")
 lower.plot(updates, in_step, color="0.75", linewidth=5, label="in one jitted call")
 lower.plot(
     updates, streamed, color="tab:red", linewidth=1, label="one call per micro-batch"
