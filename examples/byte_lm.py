@@ -69,6 +69,9 @@ def parse_flags():
         parser.error(f"--picture {flags.picture}: there is no such folder")
     # Before anything asks for a device. It does nothing where there are GPUs.
     jax.config.update("jax_num_cpu_devices", flags.devices)
+    # Simulated devices share the threads of few cores: with several computations under
+    # way, each can hold threads that the others' all-reduce is waiting for.
+    jax.config.update("jax_cpu_enable_async_dispatch", flags.devices == 1)
     if flags.devices > jax.device_count():
         parser.error(
             f"--devices {flags.devices}: this machine has {jax.device_count()} "
