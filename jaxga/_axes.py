@@ -88,7 +88,3 @@ def full_of_type(typ: jax.ShapeDtypeStruct, value: Any) -> jax.Array:
 def device_index(axes: tuple[str, ...]) -> jax.Array | int:
     """The index of this device among those of `axes`; 0 without axes."""
     return lax.axis_index(axes) if axes else 0
-
-
-def device_count(axes: tuple[str, ...]) -> int:
-    return lax.axis_size(axes) if axes else 1

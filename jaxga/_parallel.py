@@ -1,6 +1,7 @@
 """Data parallelism over a mesh: where arrays lie, and the manual axis of a cycle."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +97,7 @@ class DataParallel:
     @property
     def num_devices(self) -> int:
         """The devices that the batch is divided over."""
-        return int(_product(self.mesh.shape[name] for name in self.axes))
+        return math.prod(self.mesh.shape[name] for name in self.axes)
 
     def shard_state(self, state: PyTree) -> PyTree:
         """Puts a train state on the mesh, whole on every device.
@@ -213,10 +214,3 @@ class DataParallel:
 def _without(entry, axes):
     names = entry if isinstance(entry, tuple) else (entry,)
     return tuple(name for name in names if name and name not in axes) or None
-
-
-def _product(numbers):
-    result = 1
-    for number in numbers:
-        result *= number
-    return result

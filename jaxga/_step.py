@@ -19,6 +19,7 @@ from ._feeding import check_feeding, find_feeding, is_finite_everywhere
 from ._parallel import DataParallel
 from ._record import check_names, make_record
 from ._sums import divide_gradient, inverse
+from ._term_weights import any_weight
 from ._value_and_grad import finish_output
 
 
@@ -137,7 +138,7 @@ class Step:
         new = jax.lax.cond(good, apply, self.kind.skip, state)
         if loss_scale is not None:
             adjusted = loss_scale.adjust(jnp.isfinite(norm))
-            adjusted = _select(_any_weight(output.weights), adjusted, loss_scale)
+            adjusted = _select(any_weight(output.weights), adjusted, loss_scale)
             new = self.kind.with_loss_scale(new, adjusted)
             norm = loss_scale.unscale(norm)
         counts = {
@@ -211,16 +212,12 @@ def parallel_axis(
 
 def _is_good(weights, norm, nonfinite):
     """Whether a cycle is applied: it has a weight, and is finite if that is asked."""
-    has_weight = _any_weight(weights)
+    has_weight = any_weight(weights)
     if nonfinite == "propagate":
         return has_weight
     # A negative weight is a count that ran over; NaN compares false.
     right = [jnp.asarray(weight) >= 0 for weight in weights.values()]
     return has_weight & jnp.isfinite(norm) & jnp.stack(right).all()
-
-
-def _any_weight(weights):
-    return jnp.stack([jnp.asarray(w) != 0 for w in weights.values()]).any()
 
 
 def _select(good, new, old):
