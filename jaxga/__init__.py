@@ -15,6 +15,7 @@ from ._metrics import Max as Max
 from ._metrics import Min as Min
 from ._metrics import Stack as Stack
 from ._metrics import Sum as Sum
+from ._noise_scale import NoiseScale as NoiseScale
 from ._parallel import DataParallel as DataParallel
 from ._sums import WeightedSum as WeightedSum
 from ._train_state import TrainState as TrainState

@@ -23,6 +23,7 @@ from ._keys import check_key, keys_of_rows, microbatch_key, row_ids
 from ._loss import LossOutput, read_loss, terms_of
 from ._merge import is_merge_type
 from ._model_state import ModelState
+from ._noise_scale import Parts, PartsOfCycle
 from ._params import (
     check_params,
     dtype_of_gradient,
@@ -30,7 +31,7 @@ from ._params import (
     warn_of_swamping,
 )
 from ._stages import Stage0
-from ._summed_already import check_metrics_differ, check_terms_differ
+from ._summed_already import check_sums_differ
 from ._sums import WeightedSum, inverse
 from ._term_weights import (
     ROWS,
@@ -55,6 +56,7 @@ class Cycle:
         key: jax.Array | None,
         num_microbatches: int | jax.Array | None,
         make_stage: Callable[..., Stage0] = Stage0,
+        noise_per: str | None = None,
     ):
         self.settings, self.key = settings, key
         # NumPy cannot be indexed by the rows of a batch that is traced.
@@ -83,9 +85,11 @@ class Cycle:
         params = varying(leaves, self.axes)
         self.stage = make_stage(params, self.axes, self.grad_dtypes)
         self.state = ModelState(model_state, settings.model_state_merge, self.axes)
+        rows = count_rows(batch)
+        self.noise = PartsOfCycle(noise_per, self.stage, rows // self.accum_steps)
         self.rows = {"batch": as_rows(batch)}
         if settings.per_example_keys:
-            self.rows["id"] = row_ids(count_rows(batch), self.axes)
+            self.rows["id"] = row_ids(rows, self.axes)
 
         whole = self.stage.whole()
         self.forward = Forward(
@@ -102,8 +106,8 @@ class Cycle:
         reduce_gradient: bool = True,
         term_weights: Mapping | None = None,
         loss_scale: Any = None,
-    ) -> tuple[LossOutput, WeightedSum]:
-        """The sums of the cycle, and the summed gradient.
+    ) -> tuple[LossOutput, WeightedSum, Parts | None]:
+        """The sums of the cycle, the summed gradient, and what its parts say.
 
         Args:
             reduce: whether to merge over the devices.
@@ -112,8 +116,9 @@ class Cycle:
             loss_scale: what the mean loss is scaled by; the gradient comes scaled.
 
         Returns:
-            The sums of the loss and the metrics, and the model state; and the gradient,
-            of weight 1 if each term has been divided by its own weight already.
+            The sums of the loss and the metrics, and the model state; the gradient, of
+            weight 1 if each term has been divided by its own weight already; and the
+            parts of which a noise scale is estimated, if that was asked.
         """
         factors = self._factors(term_weights, reduce, loss_scale)
         reduces = bool(reduce and self.axes)
@@ -122,7 +127,8 @@ class Cycle:
         loss, state = parts["loss"], self.state.finish(parts["state"])
         weight = weight if factors is None else jnp.int32(1)
         grads = jax.tree.unflatten(self.treedef, grads)
-        return LossOutput(loss, parts["metrics"], state), WeightedSum(grads, weight)
+        output = LossOutput(loss, parts["metrics"], state)
+        return output, WeightedSum(grads, weight), parts["noise"]
 
     def _forward(self, wide_params, rows, index, state_leaves):
         """The loss function on one micro-batch. What is traced, once."""
@@ -175,7 +181,8 @@ class Cycle:
             values = [jax.ad.GradValue() for _ in self.state.overwritten(state)]
             grads, given = pullback.with_refs(targets, values)(cotangents)
             put = self.state.put_gradients(merged["state"], given, present)
-            return grads, merged | {"state": put}
+            noise = self.noise.add_microbatch(parts["noise"], grads, weights)
+            return grads, merged | {"state": put, "noise": noise}
 
         return backward
 
@@ -203,7 +210,9 @@ class Cycle:
 
     def _finish(self, reduces, reduces_gradient, grads, parts):
         """Merges over the devices: the gradient, the sums beside it, its weight."""
-        weight = _only_weight(parts)
+        weight, num = _only_weight(parts), self.num_microbatches
+        noise = self.noise.add_device(parts["noise"], grads, parts["loss"], num)
+        parts = parts | {"noise": noise}
         if reduces_gradient:
             grads, loss = self.stage.all_reduce(grads, parts["loss"])
             weight = _only_weight({"loss": loss})
@@ -221,13 +230,18 @@ class Cycle:
         return {
             "loss": empty(loss),
             "metrics": empty(metrics),
+            "noise": self.noise.start(),
             "state": self.state.start(),
         }
 
     def _all_reduce(self, parts):
         """The merge over the devices of what comes besides loss and gradient."""
         metrics = _map(lambda part: part.all_reduce(self.axes), parts["metrics"])
-        return {"metrics": metrics, "state": self.state.all_reduce(parts["state"])}
+        return {
+            "metrics": metrics,
+            "noise": self.noise.all_reduce(parts["noise"]),
+            "state": self.state.all_reduce(parts["state"]),
+        }
 
     def _factors(self, term_weights, reduce, loss_scale):
         """What each term's gradient is multiplied by; None to divide at the end."""
@@ -263,16 +277,15 @@ class Cycle:
         """Which gradients to sum in place, for the reasons in `_accumulators`."""
         # Inside vmap, which has no rule for what is in place. JAX does not export the
         # class by which it can be seen.
-        kinds = {type(leaf).__name__ for leaf in jax.tree.leaves(self._inputs())}
-        if "BatchTracer" in kinds:
+        inputs = self.stage.params, self.rows, self.args, self.state.leaves, self.key
+        leaves = jax.tree.leaves((*inputs, self.num_microbatches))
+        kinds = {type(leaf).__name__ for leaf in leaves}
+        holds_one = self.noise.per == "microbatch"  # to measure it before it is added
+        if "BatchTracer" in kinds or holds_one:
             return [False for _ in self.grad_dtypes]
         dtypes = zip(self.grad_dtypes, self.sum_dtypes, strict=True)
         uses = zip(self.forward.uses(), dtypes, strict=True)
         return [use == {"scan"} and one == other for use, (one, other) in uses]
-
-    def _inputs(self):
-        state, num = self.state.leaves, self.num_microbatches
-        return self.stage.params, self.rows, self.args, state, self.key, num
 
     def _untouched_state(self):
         first = len(jax.tree.leaves(self.forward.shapes)) - len(self.state.leaves)
@@ -291,8 +304,7 @@ class Cycle:
             },
             data=ROWS,
         )
-        check_terms_differ(terms_of(totals), terms_of(weights), every)
-        check_metrics_differ(metrics, every)
+        check_sums_differ(totals, weights, metrics, every)
         self.state.check_agreement([flow.differs for flow in state])
 
 

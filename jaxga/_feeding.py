@@ -110,7 +110,7 @@ def _check_all_accumulate(tx, opt_state, params, state):
             )
 
 
-def check_feeding(loss: Any, loss_scale: Any, nonfinite: str) -> None:
+def check_feeding(loss: Any, loss_scale: Any, noise_scale: Any, nonfinite: str) -> None:
     """Refuses what cannot be exact, or has no meaning, over several calls."""
     if isinstance(loss, dict) and len(loss) > 1:
         raise ValueError(
@@ -125,6 +125,12 @@ def check_feeding(loss: Any, loss_scale: Any, nonfinite: str) -> None:
             "A loss scale and an optimizer made by jaxga.accumulate do not go "
             "together: the scale is adjusted once per cycle, and the step does not see "
             "the cycle. Compute the cycle in one call."
+        )
+    if noise_scale is not None:
+        raise ValueError(
+            "A noise scale and an optimizer made by jaxga.accumulate do not go "
+            "together: the step does not see the cycle whose parts would be compared. "
+            "Compute the cycle in one call."
         )
     if nonfinite != "skip_cycle":
         raise ValueError(

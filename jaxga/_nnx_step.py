@@ -13,6 +13,7 @@ from ._feeding import anywhere
 from ._keys import check_key
 from ._nnx_loss import on_arrays
 from ._nnx_state import Nodes, Parts, as_variables, take_apart
+from ._noise_scale import NoiseScale
 from ._optimizer import add_note_on_dtypes, cast_like, settled
 from ._parallel import DataParallel
 from ._step import StateKind, Step
@@ -88,11 +89,11 @@ class NnxStep(Step):
         return Step.__call__(step, state, batch, *args, **keywords)
 
     def _cycle(self, *args, **keywords):
-        sums, grads = super()._cycle(*args, **keywords)
+        (sums, noise), grads = super()._cycle(*args, **keywords)
         model_state = sums.metrics.add_to(sums.model_state)
         metrics = sums.metrics.returned
         sums = dataclasses.replace(sums, metrics=metrics, model_state=model_state)
-        return sums, grads
+        return (sums, noise), grads
 
 
 class NnxKind(StateKind):
@@ -151,6 +152,14 @@ class NnxKind(StateKind):
 
     def with_model_state(self, state, model_state):
         return dataclasses.replace(state, model_state=model_state)
+
+    def noise_scale(self, state):
+        value = state.counters.get("noise_scale")
+        return value if isinstance(value, NoiseScale) else None
+
+    def with_noise_scale(self, state, noise_scale):
+        counters = state.counters | {"noise_scale": noise_scale}
+        return dataclasses.replace(state, counters=counters)
 
     def updates(self, state):
         return state.counters["step"]

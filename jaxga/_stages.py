@@ -12,6 +12,7 @@ from jax import lax
 
 from ._checks import PyTree
 from ._lazy import Lazy
+from ._norms import norm_over_shards
 from ._shards import Shard
 
 
@@ -70,6 +71,15 @@ class Stage0:
         """Sums over the devices what each has accumulated, and the loss with it."""
         return self._psum((grads, loss), self.axes)
 
+    @property
+    def shared_axes(self) -> tuple[str, ...]:
+        """Axes whose devices hold the gradient of a micro-batch together."""
+        return ()
+
+    def square(self, grads: list[jax.Array]) -> jax.Array:
+        """The squared norm of a gradient before `all_reduce`."""
+        return norm_over_shards(grads, self.axes) ** 2
+
     def _widened(self, params):
         pairs = zip(params, self.grad_dtypes, strict=True)
         return [param.astype(dtype) for param, dtype in pairs]
@@ -124,6 +134,17 @@ class Stage2(Stage1):
     def all_reduce(self, grads, loss):
         scattered = {i: grads[i] for i, _ in self._divided()}
         return self._sum_the_rest(grads, scattered, loss)
+
+    @property
+    def shared_axes(self):
+        return self.hows[0].axes if self.hows else ()
+
+    def square(self, grads):
+        scattered = {i: grads[i] for i, _ in self._divided()}
+        rest = [grad for i, grad in enumerate(grads) if i not in scattered]
+        shards = norm_over_shards(scattered, self.axes) ** 2
+        shards, rest = self._psum((shards, rest), self.shared_axes)
+        return shards + norm_over_shards(rest, self.axes) ** 2
 
     def _accumulated(self):
         shards = list(self.params)

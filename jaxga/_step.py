@@ -17,6 +17,7 @@ from ._cycle_settings import CycleSettings
 from ._devices import AsTheyAre, Divided
 from ._dtypes import as_total
 from ._feeding import check_feeding, find_feeding, is_finite_everywhere
+from ._noise_scale import NoiseScale
 from ._parallel import DataParallel
 from ._placed_step import PlacedStep
 from ._record import check_names, make_record
@@ -71,6 +72,13 @@ class StateKind:
     def with_loss_scale(self, state: Any, loss_scale: Any) -> Any:
         raise NotImplementedError
 
+    def noise_scale(self, state: Any) -> NoiseScale | None:
+        """The noise scale in the state, if there is one."""
+        return None
+
+    def with_noise_scale(self, state: Any, noise_scale: NoiseScale) -> Any:
+        raise NotImplementedError
+
     def updates(self, state: Any) -> jax.Array:
         """How many updates there have been."""
         raise NotImplementedError
@@ -111,16 +119,18 @@ class Step:
         if key is not None and feeding is not None:
             key = jax.random.fold_in(key, feeding.calls())
         loss_scale = self.kind.loss_scale(state)
+        noise_scale = self.kind.noise_scale(state)
+        noise_per = None if noise_scale is None else noise_scale.per
         rest = (args, model_state, key, num_microbatches, loss_scale)
         is_local = feeding is not None and feeding.is_local
-        run = functools.partial(self._cycle, not is_local)
-        sums, grads = devices.run(run, batch, params, rest)
+        run = functools.partial(self._cycle, not is_local, noise_per)
+        (sums, parts), grads = devices.run(run, batch, params, rest)
         check_names(sums.metrics)
         output = finish_output(sums, None)
         if feeding is None:
-            new, good, counts = self._update(state, grads, output, devices)
+            new, good, counts = self._update(state, grads, output, parts, devices)
         else:
-            check_feeding(sums.loss, loss_scale, self.nonfinite)
+            check_feeding(sums.loss, loss_scale, noise_scale, self.nonfinite)
             new, good, counts = self._add(feeding, state, grads, output, devices)
         model_state = _select(good, output.model_state, model_state)
         new = self.kind.with_model_state(new, model_state)
@@ -136,9 +146,10 @@ class Step:
         layout = self.parallel.layout_beside(state, placement.others)
         return Divided(self.parallel, layout)
 
-    def _update(self, state, grads, output, devices):
+    def _update(self, state, grads, output, parts, devices):
         """One update of the optimizer with the finished gradient, or none."""
         loss_scale = self.kind.loss_scale(state)
+        noise_scale = self.kind.noise_scale(state)
         norm = optax.tree.norm(jax.tree.map(as_total, grads.total))
         good = _is_good(output.weights, norm, self.nonfinite)
 
@@ -161,6 +172,14 @@ class Step:
             "update": self.kind.updates(new),
             "skipped": 1 - good.astype(jnp.int32),
         }
+        if noise_scale is not None:
+            if loss_scale is not None:
+                parts = parts.unscaled(loss_scale)
+            noise_scale = _select(
+                good, noise_scale.add(parts, norm, grads.weight), noise_scale
+            )
+            new = self.kind.with_noise_scale(new, noise_scale)
+            counts["noise_scale"] = noise_scale.value
         return new, good, counts
 
     def _add(self, feeding, state, grads, output, devices):
@@ -182,7 +201,7 @@ class Step:
         }
         return new, is_finite_everywhere(grads, axes), counts
 
-    def _cycle(self, reduce_gradient, make_stage, batch, params, rest):
+    def _cycle(self, reduce_gradient, noise_per, make_stage, batch, params, rest):
         args, model_state, key, num_microbatches, loss_scale = rest
         cycle = Cycle(
             self.settings,
@@ -193,10 +212,12 @@ class Step:
             key=key,
             num_microbatches=num_microbatches,
             make_stage=make_stage,
+            noise_per=noise_per,
         )
-        return cycle.run(
+        output, grads, noise = cycle.run(
             reduce=True, reduce_gradient=reduce_gradient, loss_scale=loss_scale
         )
+        return (output, noise), grads
 
 
 def jit_step(step: Step, axis_name: AxisNames | None, donate: bool) -> Callable:

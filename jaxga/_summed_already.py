@@ -4,15 +4,28 @@ import jax
 
 from ._checks import PyTree, place
 from ._data_flow import Flow
-from ._loss import words_for
+from ._loss import terms_of, words_for
 from ._merge import is_merge_type
 from ._metrics import Sum
 from ._sums import WeightedSum
 
 
-def check_terms_differ(
-    totals: dict[str, Flow], weights: dict[str, Flow], axes: frozenset[str]
+def check_sums_differ(
+    totals: PyTree, weights: PyTree, metrics: PyTree, axes: frozenset[str]
 ) -> None:
+    """What is summed over `axes` must be of a device's own rows.
+
+    Args:
+        totals: the `Flow` of the loss's total, or of each term's.
+        weights: of its weight, or of each term's.
+        metrics: the metrics, of `Flow`s.
+        axes: those over which the batch is divided.
+    """
+    _check_terms_differ(terms_of(totals), terms_of(weights), axes)
+    _check_metrics_differ(metrics, axes)
+
+
+def _check_terms_differ(totals, weights, axes):
     """Each total and each weight must be of a device's own rows, over all of `axes`."""
     for what, flows in (("total", totals), ("weight", weights)):
         for name, flow in flows.items():
@@ -21,7 +34,7 @@ def check_terms_differ(
                 raise ValueError(_message(words, axes - flow.differs))
 
 
-def check_metrics_differ(metrics: PyTree, axes: frozenset[str]) -> None:
+def _check_metrics_differ(metrics, axes):
     """So must metrics that add up. A mean of which both parts were summed is right."""
     for path, metric in jax.tree.leaves_with_path(metrics, is_leaf=is_merge_type):
         words = f"metrics{place(path)}"

@@ -10,6 +10,7 @@ import optax
 from ._checks import PyTree
 from ._keys import check_key
 from ._loss_scale import check_loss_scale
+from ._noise_scale import NoiseScale, check_noise_scale
 from ._optimizer import check_transformation, settled
 
 
@@ -26,7 +27,8 @@ class TrainState:
             cycles so far. None without.
         loss_scale: for float16, what the loss is multiplied with before it is
             differentiated. None without.
-        noise_scale: not built yet; None.
+        noise_scale: what the step estimates the gradient noise scale with: a
+            `NoiseScale`. None without.
         update: int32 scalar, optimizer updates so far.
         skipped: int32 scalar, cycles so far that changed nothing, because their
             gradient was not finite or no weight arrived.
@@ -37,7 +39,7 @@ class TrainState:
     model_state: PyTree
     key: jax.Array | None
     loss_scale: Any
-    noise_scale: Any
+    noise_scale: NoiseScale | None
     update: jax.Array
     skipped: jax.Array
 
@@ -50,7 +52,7 @@ class TrainState:
         model_state: PyTree = None,
         key: jax.Array | None = None,
         loss_scale: Any = None,
-        noise_scale: Any = None,
+        noise_scale: NoiseScale | None = None,
     ) -> "TrainState":
         """A state before the first update.
 
@@ -64,12 +66,13 @@ class TrainState:
                 `jmp.DynamicLossScale`: `scale(tree)`, `unscale(tree)` and
                 `adjust(grads_finite)`. It scales the mean of the cycle, not the sums
                 of its micro-batches, which would overflow long before.
-            noise_scale: not built yet.
+            noise_scale: a `jaxga.NoiseScale()`, for the record's `noise_scale`: how
+                large the batch should be.
 
         Raises:
-            TypeError: `tx` is no gradient transformation; `loss_scale` lacks a method.
+            TypeError: `tx` is no gradient transformation; `loss_scale` lacks a method;
+                `noise_scale` is no `NoiseScale`.
             ValueError: `loss_scale` has a field that gets lost in a jitted function.
-            NotImplementedError: `noise_scale` is given.
 
         Example:
             >>> import jax.numpy as jnp
@@ -81,7 +84,7 @@ class TrainState:
         """
         check_transformation("tx", tx)
         if noise_scale is not None:
-            raise NotImplementedError("noise_scale= is not built yet; leave it out.")
+            noise_scale = check_noise_scale(noise_scale)
         if loss_scale is not None:
             loss_scale = check_loss_scale(loss_scale)
         check_key(key, per_example=False)
@@ -91,7 +94,7 @@ class TrainState:
             model_state=model_state,
             key=None if key is None else jnp.copy(key),
             loss_scale=loss_scale,
-            noise_scale=None,
+            noise_scale=noise_scale,
             update=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
         )

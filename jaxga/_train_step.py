@@ -63,10 +63,10 @@ def make_train_step(
         term of a loss that is a dict; `weight` (of a loss of several terms, a dict by
         term); `grad_norm`, of the divided gradient; the loss function's own metrics;
         `update`, optimizer updates so far; `skipped`, 1 if this cycle changed nothing,
-        0 otherwise. (Where `tx` accumulates over calls, `loss` and `weight` are those
-        of the call, `grad_norm` is that of the last cycle that ended, and `skipped` is
-        1 in the call that ended a cycle which changed nothing.) `key=` is for one call;
-        a state with a key needs none.
+        0 otherwise; `noise_scale`, if the state has one. (Where `tx` accumulates over
+        calls, `loss` and `weight` are those of the call, `grad_norm` is that of the
+        last cycle that ended, and `skipped` is 1 in the call that ended a cycle which
+        changed nothing.) `key=` is for one call; a state with a key needs none.
 
     Raises:
         TypeError: `tx` is no gradient transformation; `parallel` is no `DataParallel`;
@@ -170,6 +170,12 @@ class _PlainState(StateKind):
 
     def with_loss_scale(self, state, loss_scale):
         return dataclasses.replace(state, loss_scale=loss_scale)
+
+    def noise_scale(self, state):
+        return state.noise_scale
+
+    def with_noise_scale(self, state, noise_scale):
+        return dataclasses.replace(state, noise_scale=noise_scale)
 
     def updates(self, state):
         return state.update

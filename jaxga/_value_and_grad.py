@@ -218,7 +218,7 @@ def _cycle_function(settings: CycleSettings, merge_and_divide: bool) -> Callable
             key=key,
             num_microbatches=num_microbatches,
         )
-        output, grads = cycle.run(reduce=merge_and_divide, term_weights=term_weights)
+        output, grads, _ = cycle.run(reduce=merge_and_divide, term_weights=term_weights)
         if not merge_and_divide:
             return output, grads
         return finish_output(output, term_weights), divide_gradient(grads)

@@ -16,6 +16,7 @@ from ._cycle_settings import CycleSettings
 from ._keys import check_key
 from ._linen_per_example import per_example as per_example
 from ._loss import LossOutput
+from ._noise_scale import NoiseScale
 from ._optimizer import add_note_on_dtypes, cast_like
 from ._parallel import DataParallel
 from ._params import OVERWRITTEN
@@ -43,6 +44,9 @@ def make_train_step(
     `state.params["_overwrite_with_gradient"]`, are overwritten with the largest of all
     micro-batches, as the full batch would have left them; the histories of output
     gradients are those of the *summed* loss.
+
+    A subclass with a field `noise_scale` that holds a `jaxga.NoiseScale` has it
+    estimated, as `jaxga.TrainState` has.
 
     Args:
         loss_fn: as for `jaxga.value_and_grad`, with `params` as in `state.params`.
@@ -183,6 +187,13 @@ class _LinenState(StateKind):
             new = {OVERWRITTEN: model_state[OVERWRITTEN]}
             fields["params"] = _join(_split(state.params)[0], new)
         return state.replace(**fields)
+
+    def noise_scale(self, state):
+        value = getattr(state, "noise_scale", None)
+        return value if isinstance(value, NoiseScale) else None
+
+    def with_noise_scale(self, state, noise_scale):
+        return state.replace(noise_scale=noise_scale)
 
     def updates(self, state):
         return state.step

@@ -152,6 +152,9 @@ def make_train_step(
     updated by the forward pass, and a frozen part of the model has no accumulator and
     is not communicated.
 
+    For the gradient noise scale, give the optimizer a variable that holds it:
+    `optimizer.noise_scale = nnx.Variable(jaxga.NoiseScale(per="microbatch"))`.
+
     Args:
         loss_fn: as for `jaxga.nnx.value_and_grad`. Metrics that it returns must be a
             dict.

@@ -1877,12 +1877,6 @@ def test_parameters_of_fp8_layers_outside_linen():
         step(state, BATCH)
 
 
-@pytest.mark.parametrize("name", ["noise_scale"])
-def test_not_built_yet(name):
-    with refused(NotImplementedError, f"{name}=", "leave it out"):
-        make_state(**{name: 1.0})
-
-
 @refusals(
     {
         "swapped": (

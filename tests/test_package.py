@@ -27,14 +27,14 @@ LAYERS = [
     ["_accumulate_state", "_contribution", "_cycle_end"],
     ["_cycles"],
     ["_cycle_reader"],
-    ["_interleave", "_parallel", "_value_and_grad"],
+    ["_interleave", "_parallel", "_train_state", "_value_and_grad"],
     ["_cycle", "_layout"],
-    ["_cycle_settings", "_summed_already", "_term_weights", "_train_state"],
-    ["_accumulators", "_compensated", "_loss", "_model_state", "_norms", "_stages"],
+    ["_cycle_settings", "_noise_scale", "_summed_already", "_term_weights"],
+    ["_accumulators", "_compensated", "_loss", "_model_state", "_stages"],
     ["_state_merges"],
     ["_batch_norm"],
     ["_metrics", "_forward", "_keys", "_params", "_batches"],
-    ["_lazy", "_sums"],
+    ["_lazy", "_norms", "_sums"],
     ["_collectives", "_merge", "_shards"],
     [
         "_agreement",
@@ -99,7 +99,8 @@ def test_that_check_can_fail():
 
 def test_public_names():
     assert set(PUBLIC) == set(
-        "BatchSizes DataParallel LossOutput Max Min Stack Sum TrainState WeightedSum "
+        "BatchSizes DataParallel LossOutput Max Min NoiseScale Stack Sum TrainState "
+        "WeightedSum "
         "accumulate collectives cycles has_updated make_train_step merge pad_batch "
         "state_specs value_and_grad value_and_grad_sums".split()
     )
