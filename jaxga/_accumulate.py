@@ -1,6 +1,7 @@
 """Accumulation as an optax transformation: one micro-batch per call."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -10,7 +11,7 @@ from ._accumulate_state import AccumulateState
 from ._axes import AxisNames, check_axis_name
 from ._checks import PyTree
 from ._cycle_end import CycleEnd, Steps
-from ._open_cycle import OpenCycle
+from ._open_cycle import OpenCycle, Weight
 from ._optimizer import check_transformation
 from ._params import check_accum_dtype, warn_of_swamping
 
@@ -38,7 +39,7 @@ class Accumulate(optax.GradientTransformationExtraArgs):
         params: PyTree,
         state: AccumulateState,
         grad_sums: PyTree,
-        weight: ArrayLike | None = None,
+        weight: Weight = None,
         flush: ArrayLike = False,
         **extra_args: Any,
     ) -> tuple[PyTree, AccumulateState]:
@@ -97,6 +98,7 @@ def accumulate(
     axis_name: AxisNames | None = None,
     accum_dtype: DTypeLike | None = None,
     nonfinite: str = "skip_cycle",
+    terms: Sequence[str] | None = None,
 ) -> Accumulate:
     """Gives an optimizer one update per cycle of calls, one micro-batch per call.
 
@@ -115,6 +117,7 @@ def accumulate(
             so far (batch-size warm-up), which is traced: nothing is compiled again.
         until_weight: weight that completes a cycle, in the unit of `weight=`: tokens,
             say. With `accum_steps` too, whichever comes first; one of them is needed.
+            With `terms`, a dict: of the terms in it, whichever comes first.
         axis_name: the axis or axes of the `pmap` or `shard_map` in which `init` and
             `update` are called. Each device then sums its own gradients, and they are
             reduced once per cycle (with `until_weight`, the weight at each call).
@@ -128,6 +131,14 @@ def accumulate(
             counts as not finite if its norm overflows, its weight is negative or not
             finite, or its `value=` is not finite. A cycle without any weight changes
             nothing either way, and is counted.
+        terms: the names of the terms of a loss that is a dict, if each is to be divided
+            by a weight of its own, and none of these weights is known before the cycle
+            is over. `grad_sums`, `weight` and `value` are then dicts by term, as
+            `jaxga.value_and_grad_sums(..., separate_terms=True)` gives them, and each
+            term has an accumulator of its own, of the parameters' size. Where the
+            loader knows the weights of a cycle, `term_weights` needs one accumulator
+            and one backward pass for all: call `jaxga.value_and_grad_sums` with them,
+            and this without `terms` and with `weight=1 / accum_steps`.
 
     Returns:
         A `GradientTransformationExtraArgs` with two more methods.
@@ -147,8 +158,8 @@ def accumulate(
     Raises:
         TypeError: `inner` is no gradient transformation; `accum_steps`, or what it
             returns, is no integer; `until_weight` or `weight` is no real number;
-            `flush` is no boolean; a gradient that is no number, or complex where the
-            parameter is real; a state of another transformation.
+            `terms` are no names; `flush` is no boolean; a gradient that is no number,
+            or complex where the parameter is real; a state of another transformation.
         ValueError: neither `accum_steps` nor `until_weight`; one that is not positive;
             an unknown `nonfinite`; `inner` accumulates already; a gradient of another
             structure or shape than the parameters; a weight or value that is no scalar;
@@ -184,12 +195,14 @@ def accumulate(
         raise ValueError(
             f"{nonfinite=} must be one of {', '.join(map(repr, _POLICIES))}."
         )
+    terms = _check_terms(terms)
     cycle = OpenCycle(
         inner=inner,
-        end=CycleEnd(accum_steps, until_weight),
+        end=CycleEnd(accum_steps, until_weight, terms),
         axes=check_axis_name(axis_name),
         accum_dtype=check_accum_dtype(accum_dtype),
         nonfinite=nonfinite,
+        terms=terms,
     )
     if isinstance(cycle.end.accum_steps, int):
         warn_of_swamping(cycle.accum_dtype, cycle.end.accum_steps)
@@ -203,6 +216,20 @@ def for_reduced_gradients(tx: Accumulate) -> Accumulate:
     map of the caller without being asked for an axis.
     """
     return _made_of(dataclasses.replace(tx.cycle, axes=()))
+
+
+def _check_terms(terms):
+    if terms is None:
+        return None
+    names = tuple(terms) if isinstance(terms, list | tuple) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"terms={terms!r} must be a tuple of the names of the loss's terms, "
+            '("cross_entropy", "load_balance"), say.'
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"terms={terms!r} names a term twice.")
+    return names
 
 
 def _made_of(cycle: OpenCycle) -> Accumulate:

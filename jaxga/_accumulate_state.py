@@ -15,7 +15,8 @@ class AccumulateState(NamedTuple):
     """The state of `jaxga.accumulate`. Its tree never changes shape or dtype.
 
     With `axis_name`, `sums`, `sum_weight` and `sum_value` have a leading axis of 1:
-    each device holds its own. Everything else is the same on all devices.
+    each device holds its own. Everything else is the same on all devices. With `terms`
+    these three, and `weight`, are dicts with an entry for each term.
 
     Attributes:
         sums: the gradient's sum in this cycle, in the structure of the parameters.
@@ -35,15 +36,26 @@ class AccumulateState(NamedTuple):
     """
 
     sums: PyTree
-    sum_weight: jax.Array
-    sum_value: jax.Array
+    sum_weight: PyTree
+    sum_value: PyTree
     num_microbatches: jax.Array
     inner_state: PyTree
     update: jax.Array
     skipped: jax.Array
     grad_norm: jax.Array
-    weight: jax.Array
+    weight: PyTree
     updated: jax.Array
+
+    @property
+    def terms(self) -> tuple[str, ...] | None:
+        """The terms that have sums of their own; None if there is one sum."""
+        has_terms = isinstance(self.sum_weight, dict)
+        return tuple(self.sum_weight) if has_terms else None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each device has sums of its own."""
+        return jax.tree.leaves(self.sum_weight)[0].ndim > 1
 
 
 def find_states(tree: PyTree) -> dict[str, AccumulateState]:
@@ -139,7 +151,7 @@ def state_specs(
     def specs(node):
         if not _is_state(node):
             return PartitionSpec()
-        if node.sum_weight.ndim == 1:
+        if not node.is_local:
             raise ValueError(
                 f"{axis_name=}, but the optimizer was made by accumulate without "
                 "axis_name: its sums are the same on all devices. Give accumulate "

@@ -64,9 +64,8 @@ class Closing:
 
         def close(inner_state, params):
             sums, mean_value = self._reduce(state)
-            weight = jnp.asarray(sums.weight)
-            norm = norm_over_shards(sums.total, ())
-            norm = norm * inverse(weight, norm.dtype)
+            weight = jax.tree.map(lambda x: x.weight, sums, is_leaf=_is_sum)
+            norm = _norm_of_mean(sums)
             good = self._is_good(weight, norm, mean_value)
             new = lax.cond(
                 good,
@@ -99,7 +98,7 @@ class Closing:
         Divided in the branch that needs it: as its operand the mean would be a tree.
         """
         if "value" in extra_args:
-            dtype = jnp.result_type(extra_args["value"])
+            dtype = jnp.result_type(*jax.tree.leaves(extra_args["value"]))
             extra_args = extra_args | {"value": mean_value.astype(dtype)}
         mean = divide_gradient(sums)
         updates, inner_state = run_transformation(
@@ -111,18 +110,40 @@ class Closing:
         """The sums of the cycle over all devices, in one reduction; the mean value."""
         sums, weight, value = state.sums, state.sum_weight, state.sum_value
         if self.axes:
-            parts = sums, before_all_reduce(weight), value
-            parts = jax.tree.map(lambda x: x[0], lax.psum(parts, self.axes))
-            sums, weight, value = parts[0], after_all_reduce(parts[1]), parts[2]
-        mean_value = value[0] * inverse(value[1], value.dtype)
-        return WeightedSum(sums, value_of(weight)), mean_value
+            parts = sums, jax.tree.map(before_all_reduce, weight), value
+            sums, weight, value = jax.tree.map(
+                lambda x: x[0], lax.psum(parts, self.axes)
+            )
+            weight = jax.tree.map(after_all_reduce, weight)
+        weight = jax.tree.map(value_of, weight)
+        mean_value = sum(x[0] * inverse(x[1], x.dtype) for x in jax.tree.leaves(value))
+        if isinstance(weight, dict):
+            return {t: WeightedSum(sums[t], weight[t]) for t in weight}, mean_value
+        return WeightedSum(sums, weight), mean_value
 
     def _is_good(self, weight, norm, mean_value):
         """Whether a cycle is applied. NaN compares false."""
+        weight = jnp.stack(jax.tree.leaves(weight))
         if self.nonfinite == "propagate":
-            return weight != 0
-        finite = jnp.isfinite(weight) & jnp.isfinite(norm) & jnp.isfinite(mean_value)
-        return finite & (weight > 0)
+            return (weight != 0).any()
+        finite = jnp.isfinite(norm) & jnp.isfinite(mean_value)
+        right = jnp.isfinite(weight) & (weight >= 0)
+        return finite & right.all() & (weight > 0).any()
+
+
+def _is_sum(node):
+    return isinstance(node, WeightedSum)
+
+
+def _norm_of_mean(sums):
+    """The norm of the divided gradient.
+
+    Of one sum without dividing it; of several, their means are added as they are read.
+    """
+    if isinstance(sums, dict):
+        return norm_over_shards(divide_gradient(sums), ())
+    norm = norm_over_shards(sums.total, ())
+    return norm * inverse(sums.weight, norm.dtype)
 
 
 def give_updates(params, updates):

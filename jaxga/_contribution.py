@@ -1,6 +1,7 @@
 """What one call adds to a cycle: a summed gradient, its weight, its loss; checked."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from ._norms import norm_over_shards
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Contribution:
-    """What one call adds to a cycle.
+    """What one call adds to a cycle. Of a loss of several terms, dicts by term.
 
     Attributes:
         grads: the gradient's sum, in the structure of the parameters.
@@ -26,13 +27,14 @@ class Contribution:
     """
 
     grads: PyTree
-    weight: jax.Array
-    value: jax.Array
+    weight: PyTree
+    value: PyTree
 
     def or_nothing(self, axes: tuple[str, ...]) -> "Contribution":
         """Nothing, if any of it is not finite."""
         good = jnp.isfinite(norm_over_shards(self.grads, axes))
-        good &= jnp.isfinite(value_of(self.weight)) & jnp.isfinite(self.value).all()
+        for pair in jax.tree.leaves((self.weight, self.value)):
+            good &= jnp.isfinite(pair).all()
         return jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), self)
 
 
@@ -43,27 +45,75 @@ def read_contribution(
     sums: PyTree,
     value_dtype: jnp.dtype,
     axes: tuple[str, ...],
+    term: str = "",
 ) -> Contribution:
-    """Checks what a call was given, against the sums that it is to be added to."""
-    grads = _check_gradients(grads, sums, axes)
-    pair = _check_weight(weight)
+    """Checks what a call was given, against the sums that it is to be added to.
+
+    `term`: of which term it is, as messages say it: `['cross_entropy']`.
+    """
+    grads = _check_gradients(grads, sums, axes, term)
+    pair = _check_weight(weight, term)
     weight = value_of(pair).astype(value_dtype)
     value = jnp.zeros(2, value_dtype)
     if "value" in extra_args:
-        given = check_value(extra_args["value"]).astype(value_dtype)
+        given = check_value(extra_args["value"], term).astype(value_dtype)
         # The mean of nothing is usually NaN: it is left out, not multiplied by zero.
         product = jnp.where(weight == 0, jnp.zeros_like(given), given * weight)
         value = jnp.stack([product, weight])
     return Contribution(grads, *varying((pair, value), axes))
 
 
-def check_value(value: ArrayLike) -> jax.Array:
+def read_terms(
+    terms: tuple[str, ...],
+    grads: PyTree,
+    weight: Any,
+    extra_args: dict[str, Any],
+    sums: PyTree,
+    value_dtype: jnp.dtype,
+    axes: tuple[str, ...],
+) -> Contribution:
+    """`read_contribution`, where each term has a sum and a weight of its own."""
+    given = {"grad_sums": grads, "weight": weight}
+    given |= {name: extra_args[name] for name in ("value",) if name in extra_args}
+    for name, value in given.items():
+        _check_terms(name, value, terms)
+    parts = {
+        name: read_contribution(
+            grads[name],
+            weight[name],
+            extra_args | {k: given[k][name] for k in ("value",) if k in given},
+            sums[name],
+            value_dtype,
+            axes,
+            term=f"[{name!r}]",
+        )
+        for name in terms
+    }
+    return Contribution(
+        grads={name: part.grads for name, part in parts.items()},
+        weight={name: part.weight for name, part in parts.items()},
+        value={name: part.value for name, part in parts.items()},
+    )
+
+
+def _check_terms(name, value, terms):
+    is_dict = isinstance(value, Mapping)
+    if not is_dict or set(value) != set(terms):
+        has = f"has {sorted(map(str, value))}" if is_dict else f"is {describe(value)}"
+        raise ValueError(
+            f"accumulate was given terms={terms}, so {name} must be a dict with an "
+            f"entry for each of them; it {has}. jaxga.value_and_grad_sums with "
+            "separate_terms=True gives a sum and a weight for each term."
+        )
+
+
+def check_value(value: ArrayLike, term: str = "") -> jax.Array:
     """Refuses a loss that has no weighted mean."""
-    value = check_real("value", value)
+    value = check_real(f"value{term}", value)
     if value.ndim:
         raise ValueError(
-            f"value is {describe(value)}; it must be a scalar, the mean loss of this "
-            "micro-batch. The cycle hands on the weighted mean."
+            f"value{term} is {describe(value)}; it must be a scalar, the mean loss of "
+            "this micro-batch. The cycle hands on the weighted mean."
         )
     return value
 
@@ -86,43 +136,44 @@ def check_flush(flush: Any) -> jax.Array:
     return flush
 
 
-def _check_weight(weight):
+def _check_weight(weight, term):
     """A weight as a pair. One that is negative or not finite turns into NaN."""
     if weight is None:
         weight = 1  # the gradient is a mean, and each call counts alike
     if isinstance(weight, np.generic):
         weight = weight.item()  # as an array of JAX, an int64 would be cut off
     if not isinstance(weight, int | float):
-        weight = check_real("weight", weight)
+        weight = check_real(f"weight{term}", weight)
         if weight.ndim:
             raise ValueError(
-                f"weight is {describe(weight)}; it must be a scalar: the number of "
-                "tokens or examples that grad_sums was summed over."
+                f"weight{term} is {describe(weight)}; it must be a scalar: the number "
+                "of tokens or examples that grad_sums was summed over."
             )
     pair = pair_of(weight)
     good = jnp.isfinite(pair[0]) & (pair[0] >= 0)
     return jnp.where(good, pair, jnp.full_like(pair, jnp.nan))
 
 
-def _check_gradients(grads, sums, axes):
+def _check_gradients(grads, sums, axes, term):
     """Refuses a gradient that does not fit the parameters that `init` was given."""
     structures = [jax.tree.structure(tree) for tree in (grads, sums)]
     if structures[0] != structures[1]:
         raise ValueError(
-            f"grad_sums has the structure {structures[0]}, but the parameters that "
-            f"init was given have {structures[1]}."
+            f"grad_sums{term} has the structure {structures[0]}, but the parameters "
+            f"that init was given have {structures[1]}."
         )
     lead = 1 if axes else 0
 
     def check(path, grad, total):
-        words = f"grad_sums{place(path)}"
+        words = f"grad_sums{term}{place(path)}"
         grad = check_array(words, grad)
         if total.shape[:lead] != (1,) * lead:
             raise ValueError(
-                f"state.sums{place(path)} has shape {total.shape} on each device, but "
-                f"with axis_name={axes} its first axis is that of the devices, 1 on "
-                "each. Give shard_map the specs jaxga.state_specs(tx, params, "
-                "axis_name) for the state; give pmap the state as pmap returned it."
+                f"state.sums{term}{place(path)} has shape {total.shape} on each "
+                f"device, but with axis_name={axes} its first axis is that of the "
+                "devices, 1 on each. Give shard_map the specs jaxga.state_specs(tx, "
+                "params, axis_name) for the state; give pmap the state as pmap "
+                "returned it."
             )
         shape = total.shape[lead:]
         if grad.shape != shape:

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from ._accumulators import accumulate_gradients, add_gradients
-from ._axes import axes_in_scope, varying, varying_axes
+from ._axes import axes_in_scope, varying
 from ._batches import as_rows, count_microbatches, count_rows, take_microbatch
 from ._checks import PyTree
 from ._cycle_settings import (
@@ -24,6 +24,7 @@ from ._loss import LossOutput, read_loss, terms_of
 from ._merge import is_merge_type
 from ._model_state import ModelState
 from ._noise_scale import Parts, PartsOfCycle
+from ._objective import Objective, divided, each_term_apart, given_weights
 from ._params import (
     check_params,
     dtype_of_gradient,
@@ -32,14 +33,8 @@ from ._params import (
 )
 from ._stages import Stage0
 from ._summed_already import check_sums_differ
-from ._sums import WeightedSum, inverse
-from ._term_weights import (
-    ROWS,
-    STATE,
-    any_weight,
-    check_term_weights,
-    count_term_weights,
-)
+from ._sums import WeightedSum
+from ._term_weights import ROWS, STATE, any_weight, count_term_weights
 
 
 class Cycle:
@@ -106,7 +101,8 @@ class Cycle:
         reduce_gradient: bool = True,
         term_weights: Mapping | None = None,
         loss_scale: Any = None,
-    ) -> tuple[LossOutput, WeightedSum, Parts | None]:
+        separate_terms: bool = False,
+    ) -> tuple[LossOutput, WeightedSum | dict[str, WeightedSum], Parts | None]:
         """The sums of the cycle, the summed gradient, and what its parts say.
 
         Args:
@@ -114,21 +110,21 @@ class Cycle:
             reduce_gradient: whether the gradient and its weight too, if anything is.
             term_weights: the weight of each term over the cycle, if known.
             loss_scale: what the mean loss is scaled by; the gradient comes scaled.
+            separate_terms: whether to sum the gradient of each term for itself.
 
         Returns:
             The sums of the loss and the metrics, and the model state; the gradient, of
-            weight 1 if each term has been divided by its own weight already; and the
-            parts of which a noise scale is estimated, if that was asked.
+            weight 1 if each term has been divided by its own weight already, or a dict
+            by term; and the parts of which a noise scale is estimated, if asked.
         """
-        factors = self._factors(term_weights, reduce, loss_scale)
+        objective = self._objective(term_weights, reduce, loss_scale, separate_terms)
         reduces = bool(reduce and self.axes)
         finish = partial(self._finish, reduces, reduces and reduce_gradient)
-        grads, parts, weight = self._accumulate(factors, finish)
-        loss, state = parts["loss"], self.state.finish(parts["state"])
-        weight = weight if factors is None else jnp.int32(1)
-        grads = jax.tree.unflatten(self.treedef, grads)
-        output = LossOutput(loss, parts["metrics"], state)
-        return output, WeightedSum(grads, weight), parts["noise"]
+        grads, parts, weighed = self._accumulate(objective, finish)
+        trees = [jax.tree.unflatten(self.treedef, x) for x in self._trees(grads)]
+        state = self.state.finish(parts["state"])
+        output = LossOutput(parts["loss"], parts["metrics"], state)
+        return output, objective.weigh(trees, weighed), parts["noise"]
 
     def _forward(self, wide_params, rows, index, state_leaves):
         """The loss function on one micro-batch. What is traced, once."""
@@ -154,7 +150,7 @@ class Cycle:
         sums = varying((totals, weights, output.metrics), self.axes)
         return sums[0], (*sums[1:], self.state.read(output.model_state))
 
-    def _microbatch(self, factors, index, parts):
+    def _microbatch(self, objective, index, parts):
         state = self.state.feed(parts["state"])
         totals, pullback, (weights, metrics, new_state) = jax.vjp(
             lambda wide, overwritten: self.forward(
@@ -174,28 +170,31 @@ class Cycle:
         }
         present = any_weight(weights)
         merged["state"] = self.state.put(parts["state"], new_state, present)
-        factors = jax.tree.map(jnp.ones_like, totals) if factors is None else factors
-        cotangents = jax.tree.map(_cotangent, totals, factors)
+        cotangents = objective.cotangents(totals)
 
         def backward(targets):
+            grads = []
             values = [jax.ad.GradValue() for _ in self.state.overwritten(state)]
-            grads, given = pullback.with_refs(targets, values)(cotangents)
+            for own, cotangent in zip(self._trees(targets), cotangents, strict=True):
+                new, given = pullback.with_refs(own, values)(cotangent)
+                grads += new
             put = self.state.put_gradients(merged["state"], given, present)
             noise = self.noise.add_microbatch(parts["noise"], grads, weights)
             return grads, merged | {"state": put, "noise": noise}
 
         return backward
 
-    def _accumulate(self, factors, finish):
+    def _accumulate(self, objective, finish):
         """All micro-batches, the last one outside the loop if that is asked."""
-        num, microbatch = self.num_microbatches, partial(self._microbatch, factors)
+        num, microbatch = self.num_microbatches, partial(self._microbatch, objective)
+        sums = range(objective.num_sums)
         overlaps = self.stage.overlap_last
         grads, parts = accumulate_gradients(
             microbatch,
             num - 1 if overlaps else num,
-            lambda: self.stage.zeros(self.sum_dtypes),
+            lambda: [x for _ in sums for x in self.stage.zeros(self.sum_dtypes)],
             self._start(),
-            in_place=self._in_place(),
+            in_place=self._in_place() * len(sums),
         )
         if not overlaps:
             return finish(grads, parts)
@@ -209,18 +208,22 @@ class Cycle:
         return lax.cond(num > 0, last, finish, grads, parts)
 
     def _finish(self, reduces, reduces_gradient, grads, parts):
-        """Merges over the devices: the gradient, the sums beside it, its weight."""
-        weight, num = _only_weight(parts), self.num_microbatches
-        noise = self.noise.add_device(parts["noise"], grads, parts["loss"], num)
+        """Merges over the devices: the gradient, and the sums beside it.
+
+        Also returns the loss that has the gradient's weights.
+        """
+        own, num = parts["loss"], self.num_microbatches
+        noise = self.noise.add_device(parts["noise"], grads, own, num)
         parts = parts | {"noise": noise}
         if reduces_gradient:
-            grads, loss = self.stage.all_reduce(grads, parts["loss"])
-            weight = _only_weight({"loss": loss})
-        elif reduces:
-            loss = lax.psum(parts["loss"], self.axes)
+            first, *rest = self._trees(grads)
+            grads, own = self.stage.all_reduce(first, own)
+            for tree in rest:
+                grads += self.stage.all_reduce(tree, ())[0]
         if reduces:
+            loss = own if reduces_gradient else lax.psum(own, self.axes)
             parts = self._all_reduce(parts) | {"loss": loss}
-        return grads, parts, weight
+        return grads, parts, own
 
     def _start(self):
         """The sums before the first micro-batch."""
@@ -243,24 +246,21 @@ class Cycle:
             "state": self.state.all_reduce(parts["state"]),
         }
 
-    def _factors(self, term_weights, reduce, loss_scale):
-        """What each term's gradient is multiplied by; None to divide at the end."""
+    def _objective(self, term_weights, reduce, loss_scale, separate_terms):
         totals = self.forward.shapes[0]
-        terms = terms_of(totals)
+        if separate_terms:
+            self.state.check_not_overwritten()
+            return each_term_apart(totals, term_weights)
         if term_weights is not None:
-            if not isinstance(totals, dict):
-                raise TypeError(
-                    "term_weights was given, but loss_fn returned one loss, not a dict "
-                    "of terms: its weight is summed beside its gradient."
-                )
-            weights = check_term_weights(term_weights, list(terms))
-        elif len(terms) == 1 and loss_scale is None:
-            return None
+            weights = given_weights(term_weights, totals)
+        elif len(terms_of(totals)) == 1 and loss_scale is None:
+            return Objective()
         elif not reduce:
             raise ValueError(
-                f"loss_fn returned the terms {sorted(terms)}, and their gradients can "
+                f"loss_fn returned the terms {sorted(totals)}, and their gradients can "
                 "only be summed if each is divided by its term's weight over the whole "
-                "cycle and all devices. Give these weights as term_weights=."
+                "cycle and all devices. Give these weights as term_weights=, or sum "
+                "the gradient of each term for itself, with separate_terms=True."
             )
         else:
             params = self.stage.for_use(self.stage.wide())
@@ -268,10 +268,13 @@ class Cycle:
                 self.forward, self.num_microbatches, params, self.rows, self.state
             )
             weights = lax.psum(weights, self.axes) if self.axes else weights
-        factors = {n: inverse(w, terms[n].dtype) for n, w in weights.items()}
-        if loss_scale is not None:
-            factors = loss_scale.scale(factors)
-        return factors if isinstance(totals, dict) else factors["loss"]
+        return divided(weights, totals, loss_scale)
+
+    def _trees(self, leaves):
+        """The leaves of several trees of parameters, apart."""
+        size = len(self.param_dtypes)
+        starts = range(0, len(leaves), size) if size else [0]
+        return [leaves[start : start + size] for start in starts]
 
     def _in_place(self):
         """Which gradients to sum in place, for the reasons in `_accumulators`."""
@@ -308,13 +311,5 @@ class Cycle:
         self.state.check_agreement([flow.differs for flow in state])
 
 
-def _only_weight(parts):
-    return next(iter(terms_of(parts["loss"]).values())).weight
-
-
 def _map(function, tree, *rest):
     return jax.tree.map(function, tree, *rest, is_leaf=is_merge_type)
-
-
-def _cotangent(total, factor):
-    return varying(factor.astype(total.dtype), varying_axes(total))

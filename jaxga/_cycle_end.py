@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,11 +20,14 @@ class CycleEnd:
     Attributes:
         accum_steps: calls per cycle: an integer, a traced one, or a function of the
             number of updates so far.
-        until_weight: weight per cycle; may be traced.
+        until_weight: weight per cycle; may be traced. Where terms have weights of
+            their own, a dict with those of some of them.
+        terms: the names of the terms; None if there is one weight.
     """
 
     accum_steps: Any
     until_weight: Any
+    terms: tuple[str, ...] | None = None
 
     def __post_init__(self):
         if self.accum_steps is None and self.until_weight is None:
@@ -37,7 +40,7 @@ class CycleEnd:
             steps = _check_accum_steps("accum_steps", self.accum_steps)
             object.__setattr__(self, "accum_steps", steps)
         if self.until_weight is not None:
-            _check_until_weight(self.until_weight)
+            self._check_until_weight()
 
     def planned_steps(self, updates: jax.Array) -> ArrayLike:
         """Calls in this cycle."""
@@ -60,15 +63,35 @@ class CycleEnd:
             calls: int32 scalar, calls in this cycle.
             updates: int32 scalar, updates so far.
             weight: function of no arguments that gives the weight of this cycle, over
-                all devices, as a pair. Called only if it matters.
+                all devices, as a pair, or a pair for each term. Called only if it
+                matters.
         """
         ends = jnp.zeros((), bool)
         if self.accum_steps is not None:
             ends |= calls >= self.planned_steps(updates)
         if self.until_weight is not None:
             # A weight that is no number ends the cycle too: it would never end.
-            ends |= has_reached(weight(), pair_of(self.until_weight))
+            limits, weights = self.until_weight, weight()
+            if self.terms is None:
+                limits, weights = {"": limits}, {"": weights}
+            for name, limit in limits.items():
+                ends |= has_reached(weights[name], pair_of(limit))
         return ends
+
+    def _check_until_weight(self):
+        limits = self.until_weight
+        if self.terms is None:
+            return _check_limit("until_weight", limits)
+        if not isinstance(limits, Mapping) or not set(limits) <= set(self.terms):
+            raise ValueError(
+                f"until_weight is {describe(limits)}; with terms={self.terms} it must "
+                "be a dict that says which weight ends a cycle: "
+                f"until_weight={{{self.terms[0]!r}: ...}}."
+            )
+        if not limits:
+            raise ValueError("until_weight={} would end no cycle: leave it out.")
+        for name, limit in limits.items():
+            _check_limit(f"until_weight[{name!r}]", limit)
 
 
 def _check_accum_steps(name: str, value: Any) -> ArrayLike:
@@ -93,8 +116,8 @@ def _check_accum_steps(name: str, value: Any) -> ArrayLike:
     return value
 
 
-def _check_until_weight(value: Any) -> None:
-    rule = f"until_weight is {describe(value)}; it must be a positive number"
+def _check_limit(name: str, value: Any) -> None:
+    rule = f"{name} is {describe(value)}; it must be a positive number"
     if callable(value):
         raise TypeError(
             f"{rule}. What may be a function of the number of updates is accum_steps."
@@ -109,7 +132,7 @@ def _check_until_weight(value: Any) -> None:
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(f"{rule}.")
     if not math.isfinite(number) or number <= 0:
-        raise ValueError(f"until_weight={number} must be a positive number.")
+        raise ValueError(f"{name}={number} must be a positive number.")
 
 
 Steps = int | Callable[[jax.Array], ArrayLike] | ArrayLike

@@ -29,8 +29,18 @@ _NOTE_ON_CONSTRAINTS = (
 class AsTheyAre:
     """The devices of the call: one, or those of the caller's own map."""
 
-    def run(self, run: Run, batch: PyTree, params: PyTree, rest: PyTree):
-        """A cycle: what it found, which is the same everywhere, and the gradient."""
+    def run(
+        self,
+        run: Run,
+        batch: PyTree,
+        params: PyTree,
+        rest: PyTree,
+        terms: tuple[str, ...] | None = None,
+    ):
+        """A cycle: what it found, which is the same everywhere, and the gradient.
+
+        `terms`: those that have a gradient of their own, if any has.
+        """
         return run(Stage0, batch, params, rest)
 
     def for_update(self, state: PyTree) -> PyTree:
@@ -51,12 +61,14 @@ class Divided(AsTheyAre):
     def __init__(self, parallel: DataParallel, layout: Layout):
         self.parallel, self.layout = parallel, layout
 
-    def run(self, run, batch, params, rest):
+    def run(self, run, batch, params, rest, terms=None):
         parallel, make_stage = self.parallel, self._stage()
         check_rows(batch, parallel.axes, parallel.num_devices)
         shards = [how.manual_spec for how in self.layout.params]
         shards = jax.tree.unflatten(jax.tree.structure(params), shards)
         is_divided = parallel.zero == 3
+        grads = WeightedSum(shards if parallel.zero else WHOLE, WHOLE)
+        grads = {name: grads for name in terms} if terms else grads
         mapped = self._map(
             lambda *args: run(make_stage, *args),
             in_specs=(
@@ -64,7 +76,7 @@ class Divided(AsTheyAre):
                 shards if is_divided else WHOLE,
                 WHOLE,
             ),
-            out_specs=(WHOLE, WeightedSum(shards if parallel.zero else WHOLE, WHOLE)),
+            out_specs=(WHOLE, grads),
         )
         params = params if is_divided else self._gather_typed(params)
         try:

@@ -11,8 +11,10 @@ from ._accumulate import Accumulate, for_reduced_gradients
 from ._accumulate_state import AccumulateState, find_states, holds_accumulator
 from ._checks import PyTree, place
 from ._forward import Forward
+from ._loss import terms_of
 from ._optimizer import run_transformation
 from ._sums import WeightedSum
+from ._value_and_grad import CycleOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,28 +23,31 @@ class Feeding:
 
     Attributes:
         tx: the optimizer.
-        state: the accumulator's state in the optimizer's.
-        is_local: whether each device keeps sums of its own until the cycle closes.
+        state: the accumulator's state in the optimizer's. Its `is_local` says whether
+            each device keeps sums of its own until the cycle closes.
     """
 
     tx: optax.GradientTransformation
     state: AccumulateState
-    is_local: bool
 
     def calls(self) -> jax.Array:
         """Calls in this cycle so far."""
         return self.state.num_microbatches
 
     def add(
-        self, params: PyTree, opt_state: PyTree, grads: WeightedSum, loss: jax.Array
+        self, params: PyTree, opt_state: PyTree, grads: PyTree, output: CycleOutput
     ) -> tuple[PyTree, PyTree]:
-        """Adds what one step has summed."""
-        arguments = {"weight": grads.weight, "value": loss}
+        """Adds what one step has summed: a `WeightedSum`, or one for each term."""
+        sums = jax.tree.map(lambda x: x.total, grads, is_leaf=_is_sum)
+        arguments = {
+            "weight": jax.tree.map(lambda x: x.weight, grads, is_leaf=_is_sum),
+            "value": output.terms if self.state.terms else output.loss,
+        }
         if isinstance(self.tx, Accumulate):
             tx = anywhere(self.tx)
-            return tx.step(params, opt_state, grads.total, **arguments)
+            return tx.step(params, opt_state, sums, **arguments)
         updates, opt_state = run_transformation(
-            self.tx, grads.total, opt_state, params, arguments
+            self.tx, sums, opt_state, params, arguments
         )
         return optax.apply_updates(params, updates), opt_state
 
@@ -75,26 +80,28 @@ def find_feeding(
             "their cycles need not end together. Put one jaxga.accumulate around them."
         )
     (state,) = states.values()
-    is_local = state.sum_weight.ndim > 1
-    if is_local and has_parallel:
+    if state.is_local and has_parallel:
         raise ValueError(
             "The optimizer was made by jaxga.accumulate with an axis_name, for a step "
             "in a pmap or shard_map of your own. With parallel= the step reduces each "
             "call's sums itself: leave axis_name out of accumulate."
         )
     _check_all_accumulate(tx, opt_state, params, state)
-    return Feeding(tx, state, is_local)
+    return Feeding(tx, state)
 
 
 def _check_all_accumulate(tx, opt_state, params, state):
     """Refuses an optimizer for part of the parameters that would be fed bare sums."""
-    summed = {place(path) for path, _ in jax.tree.leaves_with_path(state.sums)}
+    sums = state.sums[state.terms[0]] if state.terms else state.sums
+    summed = {place(path) for path, _ in jax.tree.leaves_with_path(sums)}
     paths = [place(path) for path, _ in jax.tree.leaves_with_path(params)]
     if summed == set(paths) or isinstance(tx, Accumulate):
         return
 
     def update(grads):
-        extra_args = {"weight": jnp.float32(1), "value": jnp.float32(1)}
+        one = {name: jnp.float32(1) for name in state.terms or ()} or jnp.float32(1)
+        grads = {name: grads for name in state.terms or ()} or grads
+        extra_args = {"weight": one, "value": one}
         return run_transformation(tx, grads, opt_state, params, extra_args)[0]
 
     traced = Forward(update, jax.tree.map(jnp.zeros_like, params))
@@ -110,15 +117,36 @@ def _check_all_accumulate(tx, opt_state, params, state):
             )
 
 
-def check_feeding(loss: Any, loss_scale: Any, noise_scale: Any, nonfinite: str) -> None:
-    """Refuses what cannot be exact, or has no meaning, over several calls."""
-    if isinstance(loss, dict) and len(loss) > 1:
+def check_feeding(
+    terms: tuple[str, ...] | None,
+    loss: Any,
+    loss_scale: Any,
+    noise_scale: Any,
+    nonfinite: str,
+) -> None:
+    """Refuses what cannot be exact, or has no meaning, over several calls.
+
+    Args:
+        terms: those that the optimizer has accumulators for.
+        loss: what the loss function returned.
+        loss_scale: that of the state.
+        noise_scale: that of the state.
+        nonfinite: that of the step.
+    """
+    if terms is not None and set(terms) != set(terms_of(loss)):
+        raise ValueError(
+            f"jaxga.accumulate was given terms={terms}, but loss_fn returned the terms "
+            f"{sorted(terms_of(loss))}."
+        )
+    if terms is None and isinstance(loss, dict) and len(loss) > 1:
         raise ValueError(
             f"loss_fn returned the terms {sorted(loss)}, and the optimizer accumulates "
             "over several calls: each term would be divided by its weight in one call, "
-            "not by that in the cycle. Compute the cycle in one call (accum_steps of "
-            "the step), or call jaxga.value_and_grad_sums with term_weights= and "
-            "tx.step yourself."
+            "not by that in the cycle. Give jaxga.accumulate "
+            f"terms={tuple(sorted(loss))}, which takes an accumulator for each; or "
+            "compute the cycle in one call (accum_steps of the step); or, where the "
+            "weights of a cycle are known, call jaxga.value_and_grad_sums with "
+            "term_weights= and tx.step yourself."
         )
     if loss_scale is not None:
         raise ValueError(
@@ -139,7 +167,12 @@ def check_feeding(loss: Any, loss_scale: Any, noise_scale: Any, nonfinite: str) 
         )
 
 
-def is_finite_everywhere(grads: WeightedSum, axes: tuple[str, ...]) -> jax.Array:
+def _is_sum(node):
+    return isinstance(node, WeightedSum)
+
+
+def is_finite_everywhere(grads: PyTree, axes: tuple[str, ...]) -> jax.Array:
     """Whether this call's gradient is finite, on all devices of `axes`."""
-    finite = jnp.isfinite(optax.tree.norm(grads.total))
+    totals = jax.tree.map(lambda x: x.total, grads, is_leaf=_is_sum)
+    finite = jnp.isfinite(optax.tree.norm(totals))
     return jax.lax.pmin(finite.astype(jnp.int32), axes) > 0 if axes else finite

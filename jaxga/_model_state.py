@@ -104,6 +104,15 @@ class ModelState:
         merges = self.merges.items()
         return {i: merge.put(parts[i], new[i], present) for i, merge in merges}
 
+    def check_not_overwritten(self) -> None:
+        """Refuses fp8 histories, whose gradient is that of the whole objective."""
+        if self._overwritten():
+            raise ValueError(
+                "The gradient of each term is summed for itself, but histories of fp8 "
+                "layers (_overwrite_with_gradient) are those of the whole loss. "
+                "Compute the cycle in one call, or give term_weights=."
+            )
+
     def overwritten(self, leaves: list[jax.Array]) -> list[jax.Array]:
         """Those that are to be overwritten with their gradient (fp8)."""
         return [leaves[i] for i in self._overwritten()]

@@ -1,5 +1,6 @@
 """The leaves of a training state by name, and what a checkpoint says of them."""
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -118,14 +119,18 @@ def sums_of_devices(leaves: Leaves) -> dict[str, bool]:
     """The sums of open cycles that each device has of its own; true for weights."""
     found = {}
     for name, leaf in leaves.items():
-        above = name.removesuffix("sum_weight")
-        is_one = _FIELDS <= {field for field in _FIELDS if above + field in leaves}
-        if above != name and is_one and leaf.ndim == 2:
-            sums = above + "sums"
-            others = [n for n in leaves if n == sums or n.startswith(sums + ".")]
-            found |= dict.fromkeys([*others, above + "sum_value"], False)
-            found[name] = True
+        above = "".join(re.findall(r"^(?:.*\.)?(?=sum_weight(?:$|\.))", name))
+        fields = {field: _entries(leaves, above + field) for field in _FIELDS}
+        if name in fields["sum_weight"] and all(fields.values()) and leaf.ndim == 2:
+            sums = _entries(leaves, above + "sums")
+            found |= dict.fromkeys([*sums, *fields["sum_value"]], False)
+            found |= dict.fromkeys(fields["sum_weight"], True)
     return found
+
+
+def _entries(leaves, name):
+    """What stands under a name: a leaf, or all of a tree."""
+    return [other for other in leaves if other == name or other.startswith(name + ".")]
 
 
 def differences(

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,11 +16,14 @@ from ._axes import axes_in_scope, varying
 from ._checks import PyTree, name_of_type
 from ._closing import Closing, give_updates, unchanged, zeros
 from ._compensated import add_pairs, all_reduce
-from ._contribution import check_flush, read_contribution
+from ._contribution import check_flush, read_contribution, read_terms
 from ._cycle_end import CycleEnd
 from ._dtypes import at_least_float32
 from ._optimizer import settled
 from ._params import dtype_of_sum
+
+# Of a call: of one gradient, or of each term's.
+Weight = ArrayLike | Mapping[str, ArrayLike] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +37,7 @@ class OpenCycle:
             () if it was said that there is none.
         accum_dtype: the dtype of the sums; None for float32 at least.
         nonfinite: what becomes of a gradient that is not finite.
+        terms: the terms that have sums and weights of their own; None if there is one.
     """
 
     inner: optax.GradientTransformation
@@ -40,6 +45,7 @@ class OpenCycle:
     axes: tuple[str, ...] | None
     accum_dtype: Any
     nonfinite: str
+    terms: tuple[str, ...] | None = None
 
     def init(self, params: PyTree) -> AccumulateState:
         """The state before the first call."""
@@ -62,16 +68,19 @@ class OpenCycle:
         def sum_of(param):
             return empty(param, dtype_of_sum(jnp.asarray(param), self.accum_dtype))
 
+        def of_terms(make: Callable[[], PyTree]):
+            return {t: make() for t in self.terms} if self.terms else make()
+
         return AccumulateState(
-            sums=jax.tree.map(sum_of, params),
-            sum_weight=empty(jnp.zeros(2), jnp.float32),
-            sum_value=empty(jnp.zeros(2), _value_dtype(params)),
+            sums=of_terms(lambda: jax.tree.map(sum_of, params)),
+            sum_weight=of_terms(lambda: empty(jnp.zeros(2), jnp.float32)),
+            sum_value=of_terms(lambda: empty(jnp.zeros(2), _value_dtype(params))),
             num_microbatches=jnp.zeros((), jnp.int32),
             inner_state=inner_state,
             update=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
             grad_norm=jnp.zeros((), jnp.float32),
-            weight=jnp.zeros((), jnp.float32),
+            weight=of_terms(lambda: jnp.zeros((), jnp.float32)),
             updated=jnp.zeros((), bool),
         )
 
@@ -80,7 +89,7 @@ class OpenCycle:
         grad_sums: PyTree,
         state: AccumulateState,
         params: PyTree = None,
-        weight: ArrayLike | None = None,
+        weight: Weight = None,
         flush: ArrayLike = False,
         **extra_args: Any,
     ) -> tuple[PyTree, AccumulateState]:
@@ -95,13 +104,13 @@ class OpenCycle:
         params: PyTree,
         state: AccumulateState,
         grad_sums: PyTree,
-        weight: ArrayLike | None = None,
+        weight: Weight = None,
         flush: ArrayLike = False,
         **extra_args: Any,
     ) -> tuple[PyTree, AccumulateState]:
         """`update` and `optax.apply_updates` in one: nothing is made in mid-cycle."""
         state, closes = self._add(grad_sums, state, weight, flush, extra_args)
-        _check_params(params, state)
+        self._check_params(params, state)
         return self._closing.end_call(
             state, closes, params, extra_args, optax.apply_updates, unchanged
         )
@@ -111,14 +120,23 @@ class OpenCycle:
     ) -> tuple[PyTree, AccumulateState]:
         """Closes a cycle that has begun."""
         _check_state(state)
-        _check_params(params, state)
+        self._check_params(params, state)
         axes_in_scope(self.axes)
         # Whether inner takes a value= is not known; one that does gets the mean so far.
-        extra_args = {"value": state.sum_value} | extra_args
+        extra_args = {"value": jax.tree.leaves(state.sum_value)[0]} | extra_args
         closes = state.num_microbatches > 0
         return self._closing.end_call(
             state, closes, params, extra_args, optax.apply_updates, unchanged
         )
+
+    def _check_params(self, params, state):
+        sums = state.sums[self.terms[0]] if self.terms else state.sums
+        structures = [jax.tree.structure(tree) for tree in (params, sums)]
+        if structures[0] != structures[1]:
+            raise ValueError(
+                f"params has the structure {structures[0]}, but those that init was "
+                f"given have {structures[1]}."
+            )
 
     @property
     def _closing(self):
@@ -152,8 +170,9 @@ class OpenCycle:
         _check_state(state)
         axes = axes_in_scope(self.axes)
         flush = check_flush(flush)
-        dtype = state.sum_value.dtype
-        new = read_contribution(grads, weight, extra_args, state.sums, dtype, axes)
+        dtype = jax.tree.leaves(state.sum_value)[0].dtype
+        read = partial(read_terms, self.terms) if self.terms else read_contribution
+        new = read(grads, weight, extra_args, state.sums, dtype, axes)
         if self.nonfinite == "drop_microbatch":
             new = new.or_nothing(axes)
         first = state.num_microbatches == 0
@@ -164,14 +183,17 @@ class OpenCycle:
 
         state = state._replace(
             sums=jax.tree.map(add, state.sums, new.grads),
-            sum_weight=add(state.sum_weight, new.weight, add_pairs),
-            sum_value=add(state.sum_value, new.value),
+            sum_weight=jax.tree.map(
+                partial(add, plus=add_pairs), state.sum_weight, new.weight
+            ),
+            sum_value=jax.tree.map(add, state.sum_value, new.value),
             num_microbatches=state.num_microbatches + 1,
         )
 
         def whole_weight():
-            weight = state.sum_weight
-            return all_reduce(weight[0], axes) if axes else weight
+            if not axes:
+                return state.sum_weight
+            return jax.tree.map(lambda w: all_reduce(w[0], axes), state.sum_weight)
 
         ends = self.end.reached(state.num_microbatches, state.update, whole_weight)
         return state, ends | flush
@@ -183,15 +205,6 @@ def _check_state(state):
             f"state is of type {name_of_type(state)}; it must be what tx.init(params) "
             "returned. The orders are tx.update(grad_sums, state, params), "
             "tx.step(params, state, grad_sums) and tx.flush(params, state)."
-        )
-
-
-def _check_params(params, state):
-    structures = [jax.tree.structure(tree) for tree in (params, state.sums)]
-    if structures[0] != structures[1]:
-        raise ValueError(
-            f"params has the structure {structures[0]}, but those that init was given "
-            f"have {structures[1]}."
         )
 
 

@@ -122,15 +122,17 @@ class Step:
         noise_scale = self.kind.noise_scale(state)
         noise_per = None if noise_scale is None else noise_scale.per
         rest = (args, model_state, key, num_microbatches, loss_scale)
-        is_local = feeding is not None and feeding.is_local
-        run = functools.partial(self._cycle, not is_local, noise_per)
-        (sums, parts), grads = devices.run(run, batch, params, rest)
+        terms = feeding and feeding.state.terms
+        is_local = feeding is not None and feeding.state.is_local
+        run = functools.partial(self._cycle, not is_local, noise_per, bool(terms))
+        (sums, parts), grads = devices.run(run, batch, params, rest, terms)
         check_names(sums.metrics)
         output = finish_output(sums, None)
         if feeding is None:
             new, good, counts = self._update(state, grads, output, parts, devices)
         else:
-            check_feeding(sums.loss, loss_scale, noise_scale, self.nonfinite)
+            policy = loss_scale, noise_scale, self.nonfinite
+            check_feeding(terms, sums.loss, *policy)
             new, good, counts = self._add(feeding, state, grads, output, devices)
         model_state = _select(good, output.model_state, model_state)
         new = self.kind.with_model_state(new, model_state)
@@ -187,13 +189,13 @@ class Step:
         old, state = state, devices.for_update(state)
         params, _, _ = self.kind.read(state, None)
         _, opt_state = self.kind.optimizer(state)
-        params, opt_state = feeding.add(params, opt_state, grads, output.loss)
+        params, opt_state = feeding.add(params, opt_state, grads, output)
         after = next(iter(find_states(opt_state).values()))
         updated = after.update - feeding.state.update
         skipped = after.skipped - feeding.state.skipped
         new = self.kind.accumulated(state, params, opt_state, updated, skipped)
         new = devices.stored(new, old, updated > 0)
-        axes = self.settings.axis_name if feeding.is_local else ()
+        axes = self.settings.axis_name if feeding.state.is_local else ()
         counts = {
             "grad_norm": after.grad_norm,
             "update": self.kind.updates(new),
@@ -201,7 +203,9 @@ class Step:
         }
         return new, is_finite_everywhere(grads, axes), counts
 
-    def _cycle(self, reduce_gradient, noise_per, make_stage, batch, params, rest):
+    def _cycle(
+        self, reduce_gradient, noise_per, separate, make_stage, batch, params, rest
+    ):
         args, model_state, key, num_microbatches, loss_scale = rest
         cycle = Cycle(
             self.settings,
@@ -215,7 +219,10 @@ class Step:
             noise_per=noise_per,
         )
         output, grads, noise = cycle.run(
-            reduce=True, reduce_gradient=reduce_gradient, loss_scale=loss_scale
+            reduce=True,
+            reduce_gradient=reduce_gradient,
+            loss_scale=loss_scale,
+            separate_terms=separate,
         )
         return (output, noise), grads
 

@@ -1,7 +1,9 @@
 """Sums with their weights: sums merge, means do not."""
 
 import dataclasses
+import functools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -196,12 +198,18 @@ def inverse(weight: jax.Array, dtype) -> jax.Array:
     return jnp.where(weight > 0, 1 / safe, _without_weight(weight, safe))
 
 
-def divide_gradient(grads: WeightedSum) -> PyTree:
+def divide_gradient(grads: WeightedSum | dict[str, WeightedSum]) -> PyTree:
     """The mean gradient, in the dtypes in which it was summed.
 
     Each leaf is multiplied by the inverse: a division by a traced number costs XLA:CPU
     more than all the rest of an optimizer's update.
+
+    Args:
+        grads: the summed gradient; or one for each term, whose means are added.
     """
+    if isinstance(grads, dict):
+        means = map(divide_gradient, grads.values())
+        return functools.reduce(partial(jax.tree.map, jnp.add), means)
 
     def divide(total):
         real = jnp.finfo(at_least_float32(total.dtype)).dtype

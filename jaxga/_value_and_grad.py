@@ -8,7 +8,7 @@ import jax
 from jax.typing import DTypeLike
 
 from ._axes import AxisNames
-from ._checks import PyTree
+from ._checks import PyTree, check_flag
 from ._cycle import Cycle
 from ._cycle_settings import CycleSettings
 from ._dtypes import as_weight
@@ -146,7 +146,8 @@ def value_and_grad_sums(
     accum_dtype: DTypeLike | None = None,
     model_state_merge: str | Mapping[str, str] = "carry",
     per_example_keys: bool = False,
-) -> Callable[..., tuple[LossOutput, WeightedSum]]:
+    separate_terms: bool = False,
+) -> Callable[..., tuple[LossOutput, WeightedSum | dict[str, WeightedSum]]]:
     """`value_and_grad`, neither divided nor merged over devices.
 
     For a merge of your own: over several calls, or over devices at another place.
@@ -154,24 +155,32 @@ def value_and_grad_sums(
 
     Args:
         loss_fn: as for `value_and_grad`. If it returns several terms, the cycle needs
-            `term_weights=`.
+            `term_weights=`, or `separate_terms`.
         accum_steps: as for `value_and_grad`.
         microbatch_size: as for `value_and_grad`.
         axis_name: as for `value_and_grad`.
         accum_dtype: as for `value_and_grad`.
         model_state_merge: as for `value_and_grad`.
         per_example_keys: as for `value_and_grad`.
+        separate_terms: sum the gradient of each term for itself, where the weights by
+            which they are to be divided are not known yet (the cycle goes on in further
+            calls). It takes a buffer and a backward pass for each term; `term_weights`
+            takes one for all.
 
     Returns:
         `cycle`, of the same arguments as the one that `value_and_grad` makes. It
         returns `(LossOutput, WeightedSum)`: the sums of the loss and of the metrics,
         with this device's model state; and the summed gradient with its weight. With
         `term_weights` each term has been divided by its own already, and the gradient
-        has weight 1 (over all devices: add them, and do not divide again).
+        has weight 1 (over all devices: add them, and do not divide again). With
+        `separate_terms` the second is a dict with a `WeightedSum` for each term: merge
+        them with `jaxga.merge`, or hand them to an optimizer made by
+        `jaxga.accumulate(..., terms=...)`; the gradient is the sum of their means.
 
     Raises:
         TypeError: as for `value_and_grad`.
-        ValueError: as for `value_and_grad`; several terms without `term_weights`.
+        ValueError: as for `value_and_grad`; several terms without `term_weights` or
+            `separate_terms`, or both of these; `separate_terms` with fp8 histories.
 
     Example:
         >>> import jax.numpy as jnp
@@ -195,11 +204,13 @@ def value_and_grad_sums(
         model_state_merge=model_state_merge,
         per_example_keys=per_example_keys,
     )
+    check_flag("separate_terms", separate_terms)
+    return _cycle_function(settings, False, separate_terms)
 
-    return _cycle_function(settings, merge_and_divide=False)
 
-
-def _cycle_function(settings: CycleSettings, merge_and_divide: bool) -> Callable:
+def _cycle_function(
+    settings: CycleSettings, merge_and_divide: bool, separate_terms: bool = False
+) -> Callable:
     def cycle(
         params: PyTree,
         batch: PyTree,
@@ -218,7 +229,11 @@ def _cycle_function(settings: CycleSettings, merge_and_divide: bool) -> Callable
             key=key,
             num_microbatches=num_microbatches,
         )
-        output, grads, _ = cycle.run(reduce=merge_and_divide, term_weights=term_weights)
+        output, grads, _ = cycle.run(
+            reduce=merge_and_divide,
+            term_weights=term_weights,
+            separate_terms=separate_terms,
+        )
         if not merge_and_divide:
             return output, grads
         return finish_output(output, term_weights), divide_gradient(grads)

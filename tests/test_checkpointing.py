@@ -264,20 +264,30 @@ def test_orbax_alone_reads_the_arrays_by_name(tmp_path):
 
 
 @functools.cache
-def on_devices(devices, axis_type=AxisType.Auto, accum_steps=CALLS):
+def on_devices(devices, axis_type=AxisType.Auto, accum_steps=CALLS, terms=None):
     """An accumulating SGD on a mesh: a state, and a call."""
     mesh = make_mesh(devices, axis_type)
-    return on_mesh(mesh, accum_steps)
+    return on_mesh(mesh, accum_steps, terms)
 
 
-def on_mesh(mesh, accum_steps=CALLS):
-    tx = jaxga.accumulate(optax.sgd(1.0), accum_steps, axis_name="data")
+def on_mesh(mesh, accum_steps=CALLS, terms=None):
+    axis = {"axis_name": "data"}
+    tx = jaxga.accumulate(optax.sgd(1.0), accum_steps, terms=terms, **axis)
     specs = jaxga.state_specs(tx, make_params(), "data")
 
+    def loss_fn(params, rows):
+        loss = counted(params, rows)
+        return {name: loss * (1 / len(terms)) for name in terms} if terms else loss
+
     def take(params, state, rows):
-        sums = jaxga.value_and_grad_sums(counted, accum_steps=1, axis_name="data")
+        sums = jaxga.value_and_grad_sums(
+            loss_fn, accum_steps=1, separate_terms=bool(terms), **axis
+        )
         _, grads = sums(params, rows)
-        return tx.step(params, state, grads.total, grads.weight)
+        if not terms:
+            return tx.step(params, state, grads.total, grads.weight)
+        parts = [{n: getattr(grads[n], x) for n in terms} for x in ("total", "weight")]
+        return tx.step(params, state, *parts)
 
     def mapped(f, ins, outs):
         return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs))
@@ -335,23 +345,27 @@ def test_an_open_cycle_goes_on_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "before, after, axis_type",
+    "before, after, axis_type, terms",
     (
-        (1, 4, AxisType.Auto),
-        (4, 8, AxisType.Auto),
-        (8, 3, AxisType.Explicit),
+        (1, 4, AxisType.Auto, None),
+        (4, 8, AxisType.Auto, None),
+        (8, 3, AxisType.Explicit, None),
+        (4, 2, AxisType.Auto, ("one", "other")),
     ),
 )
-def test_an_open_cycle_goes_on_on_other_devices(tmp_path, before, after, axis_type):
-    state, data = half_a_cycle(on_devices(before))
+def test_an_open_cycle_goes_on_on_other_devices(
+    tmp_path, before, after, axis_type, terms
+):
+    state, data = half_a_cycle(on_devices(before, terms=terms))
     with manager_of(tmp_path) as manager:
         checkpointing.save(manager, state, data)
-        like, call = on_devices(after, axis_type)
+        like, call = on_devices(after, axis_type, terms=terms)
         found = checkpointing.restore(manager, like, again := Rows(ROWS))
     for got, want in zip(*map(jax.tree.leaves, (found, like)), strict=True):
         assert got.shape == want.shape and got.sharding == want.sharding
-    weights = np.asarray(found[1].sum_weight, np.float64).sum()
-    assert weights == make_batch()["mask"][: again.next].sum()
+    for pair in jax.tree.leaves(found[1].sum_weight):
+        weights = np.asarray(pair, np.float64).sum()
+        assert weights == make_batch()["mask"][: again.next].sum()
     found = to_the_end(found, call, again)
     assert found[1].num_microbatches == 0 and again.next == ROWS * CALLS
     assert gradient_error(found[0]) < 1e-6
