@@ -102,7 +102,7 @@ class NoiseScale:
     def value(self) -> jax.Array:
         """The noise scale, in the unit of the loss's weight.
 
-        0 before the first estimate; infinite while the noise hides the gradient (the
+        0 before the first estimate, so bound from below what follows it; infinite while the noise hides the gradient (the
         average of `signal` is not positive).
         """
         is_seen = self.signal > 0
