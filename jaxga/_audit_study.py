@@ -1,0 +1,210 @@
+"""One audit: the truth, the comparisons, and the causes of what differs."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ._audit_causes import Loss, weights_that_do_not_add_up, why_it_does_not_add_up
+from ._audit_compare import make_yardstick, norm
+from ._audit_cycles import Settings, run_cycle
+from ._audit_pieces import split
+from ._audit_problem import Problem, Sums, like
+from ._audit_report import Cause, Entry
+from ._audit_state import why_states_differ
+from ._checks import PyTree
+from ._loss import words_for
+
+# How near two float64 computations of one gradient are (random draws are made in
+# float32), and what of a gradient counts as zero beside the rest of it.
+_EXACT, _ZERO = 1e-6, 1e-12
+
+
+class Study:
+    """A loss function on a batch, and what is true of it.
+
+    Attributes:
+        problem: the loss function with its arguments.
+        full: its sums over the full batch, in higher precision.
+        yardstick: the true gradient, and how far off a right one may be.
+        exact: the same for what is computed in higher precision.
+        states: the same as `yardstick` for the model state.
+        notes: what was not examined, and why.
+    """
+
+    def __init__(self, problem: Problem, tolerance: float):
+        self.problem, self.notes = problem, []
+        self.full = full = problem.sums()
+        samples = [problem.sums(wide=False, scale=scale) for scale in (1.0, 1.37)]
+        eps = float(jnp.finfo(jnp.float32).eps)
+        grads = [sample.mean_gradient() for sample in samples]
+        truth = full.mean_gradient()
+        self.yardstick = make_yardstick(problem.paths, truth, grads, tolerance, eps)
+        self.states = make_yardstick(
+            list(full.state),
+            list(full.state.values()),
+            [list(sample.state.values()) for sample in samples],
+            tolerance,
+            eps,
+        )
+        if problem.is_wide and not problem.kept:
+            self.exact = make_yardstick(problem.paths, truth, [], _EXACT, _ZERO)
+            self.precision = "float64"
+        else:
+            self.exact, self.precision = self.yardstick, problem.precision
+            self._note_of_precision()
+
+    def describe(self) -> str:
+        """A line about the truth."""
+        problem, full = self.problem, self.full
+        count = sum(leaf.size for leaf in self.yardstick.truth)
+        weights = ", ".join(f"{words_for(n)} {w:g}" for n, w in full.weights.items())
+        return (
+            f"the full batch of {problem.rows} rows at once, in {self.precision}; "
+            f"objective {full.loss():.6g}; weight of {weights}; {count} parameters in "
+            f"{len(problem.paths)} leaves"
+        )
+
+    def nothing_to_compare(self) -> list[Cause]:
+        """Why agreement would prove nothing, if it would not."""
+        truth, full = self.yardstick.truth, self.full
+        if not any(full.weights.values()):
+            text = "Every weight is 0: all rows are masked, and any gradient is right."
+            return [Cause("nothing", "the batch", text, 0.0)]
+        if not np.isfinite(full.loss()):
+            text = (
+                f"The loss of the full batch is {full.loss()}, whatever its gradient "
+                "is. Mask before the division or the logarithm, not after it."
+            )
+            return [Cause("nan", "the loss", text, full.loss())]
+        for path, leaf in zip(self.problem.paths, truth, strict=True):
+            if not np.isfinite(leaf).all():
+                text = (
+                    f"The gradient of the full batch is not finite at {path}: there is "
+                    "no truth to compare with. Mask before the division or the "
+                    "logarithm, not after it."
+                )
+                return [Cause("nan", path, text, float("nan"))]
+        if norm(truth) <= np.linalg.norm(self.yardstick.noise):
+            text = (
+                "The gradient of the full batch is zero in all leaves, or nothing but "
+                f"rounding (norm {norm(truth):.2g}): any accumulation of it is right."
+            )
+            return [Cause("nothing", "the whole gradient", text, norm(truth))]
+        return self._unchanged()
+
+    def _unchanged(self):
+        for other in self._others():
+            if not self.exact.agrees(self.problem.sums(**other).mean_gradient()):
+                self._other = other
+                return []
+        text = (
+            "The gradient is the same for another batch: it does not depend on the "
+            "rows, or all rows are the same. Nothing that could be accumulated wrongly "
+            "is in it."
+        )
+        return [Cause("unchanged", "the whole gradient", text, 0.0)]
+
+    def _others(self) -> list[dict[str, Any]]:
+        """Other batches: of some rows twice, and of other numbers."""
+        rows = np.arange(self.problem.rows) // 2
+        return [{"which": rows}, {"which": rows, "stretch": True}]
+
+    def other_batch(self) -> tuple[Sums, PyTree]:
+        """Another batch with another gradient, and its sums."""
+        leaves = self.problem.take(**self._other)
+        return self.problem.sums(**self._other), like(self.problem.batch, leaves)
+
+    def note_zero_leaves(self) -> None:
+        """Says of which leaves nothing was proved."""
+        yardstick = self.yardstick
+        triples = zip(yardstick.paths, yardstick.truth, yardstick.noise, strict=True)
+        zero = [path for path, t, noise in triples if norm([t]) <= noise]
+        if zero:
+            more = f" and {len(zero) - 4} more" if len(zero) > 4 else ""
+            self.notes.append(
+                f"the true gradient is zero, or nothing but rounding, in {len(zero)} "
+                f"of {len(yardstick.paths)} leaves, about which nothing is proved: "
+                f"{', '.join(zero[:4])}{more}"
+            )
+
+    def loss_at(self, count: int) -> Loss:
+        return Loss(self.problem, self.full, self.exact, split(self.problem, count))
+
+    def _note_of_precision(self):
+        kept = self.problem.kept
+        self.notes.append(
+            f"compared in {self.precision}, not in float64"
+            + (f": {', '.join(sorted(kept))} know no other" if kept else "")
+        )
+
+
+def study_cycles(
+    study: Study, settings: Settings, runs: list[tuple[int, int]]
+) -> tuple[list[Entry], list[Cause]]:
+    """Compares jaxga's cycles, `(accum_steps, num_devices)`, with the truth."""
+    most = max(steps for steps, _ in runs)
+    loss = study.loss_at(most)
+    entries = [
+        study.exact.entry(
+            loss.pieces.summed(),
+            "exact sums",
+            accum_steps=most,
+            num_devices=1,
+            precision=study.precision,
+        )
+    ]
+    entries += [run_entry(study, settings, *run) for run in runs]
+    failed = [entry for entry in entries if not entry.passed]
+    if not loss.adds_up():
+        return entries, why_it_does_not_add_up(loss)
+    causes = weights_that_do_not_add_up(loss)
+    if failed and not causes:
+        causes = _why_the_loop_differs(study, settings, failed[-1])
+    return entries, causes
+
+
+def run_entry(
+    study: Study, settings: Settings, accum_steps: int, num_devices: int
+) -> Entry:
+    """One cycle, compared."""
+    problem = study.problem
+    found = run_cycle(problem, settings, accum_steps, num_devices)
+    entry = study.yardstick.entry(
+        found.grads,
+        "jaxga",
+        accum_steps=accum_steps,
+        num_devices=num_devices,
+        precision=problem.precision,
+    )
+    states = study.states.compare(list(found.state.values()))
+    return dataclasses.replace(entry, leaves=(*entry.leaves, *states))
+
+
+def _why_the_loop_differs(study, settings, failed):
+    """The loss adds up, and the cycle does not: its state, or its precision."""
+
+    def rerun(**changes):
+        changed = dataclasses.replace(settings, **changes)
+        return run_entry(study, changed, failed.accum_steps, failed.num_devices)
+
+    worst = failed.worst
+    if study.problem.model_state is not None:
+        causes = why_states_differ(study.problem, settings, failed, rerun)
+        if causes:
+            return causes
+    if settings.accum_dtype is not None and rerun(accum_dtype=None).passed:
+        text = (
+            f"Summing the gradients in accum_dtype={jnp.dtype(settings.accum_dtype)} "
+            f"rounds them: the error is {failed.error:.2g} with {failed.accum_steps} "
+            "micro-batches, and within bounds with the default, float32. Furthest out: "
+            f"{worst.words}."
+        )
+        return [Cause("precision", worst.path, text, failed.error)]
+    text = (
+        f"In {study.precision} the micro-batches add up to the full batch, but the "
+        f"cycle is {failed.error:.2g} away from it, more than the full batch's own "
+        f"gradient in the same precision. Furthest out: {worst.words}."
+    )
+    return [Cause("precision", worst.path, text, failed.error)]
