@@ -102,8 +102,8 @@ class NoiseScale:
     def value(self) -> jax.Array:
         """The noise scale, in the unit of the loss's weight.
 
-        0 before the first estimate, so bound from below what follows it; infinite while the noise hides the gradient (the
-        average of `signal` is not positive).
+        0 before the first estimate (bound from below what follows it); infinite while
+        the noise hides the gradient (the average of `signal` is not positive).
         """
         is_seen = self.signal > 0
         ratio = jnp.maximum(self.noise, 0) / jnp.where(is_seen, self.signal, 1)

@@ -15,6 +15,7 @@ from ._checks import name_of_type
 from ._cycle_settings import CycleSettings
 from ._keys import check_key
 from ._linen_per_example import per_example as per_example
+from ._linen_wgrad import float32_wgrad as float32_wgrad
 from ._loss import LossOutput
 from ._noise_scale import NoiseScale
 from ._optimizer import add_note_on_dtypes, cast_like

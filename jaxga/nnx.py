@@ -13,12 +13,13 @@ from ._nnx_loss import on_arrays
 from ._nnx_per_example import per_example as per_example
 from ._nnx_state import as_variables, take_apart
 from ._nnx_step import NnxKind, NnxStep, TrainStep, check_model
+from ._nnx_wgrad import float32_wgrad as float32_wgrad
 from ._parallel import DataParallel
 from ._step import jit_step, parallel_axis
 from ._value_and_grad import CycleOutput
 from ._value_and_grad import value_and_grad as value_and_grad_of_arrays
 
-__all__ = ["make_train_step", "per_example", "value_and_grad"]
+__all__ = ["float32_wgrad", "make_train_step", "per_example", "value_and_grad"]
 
 
 def value_and_grad(

@@ -17,6 +17,12 @@ ROOT = pathlib.Path(jaxga.__file__).parent
 # A file imports only from files further down.
 LAYERS = [
     ["__init__"],
+    ["_audit"],
+    ["_audit_trainer_study"],
+    ["_audit_study"],
+    ["_audit_causes", "_audit_state", "_audit_trainer"],
+    ["_audit_coupling", "_audit_cycles", "_audit_factors", "_audit_pieces"],
+    ["_audit_compare", "_audit_problem"],
     ["checkpointing", "linen", "nnx"],
     ["_nnx_step", "_train_step"],
     ["_nnx_loss", "_nnx_per_example", "_step"],
@@ -27,8 +33,8 @@ LAYERS = [
     ["_accumulate_state", "_contribution", "_cycle_end"],
     ["_cycles"],
     ["_cycle_reader"],
-    ["_interleave", "_parallel", "_train_state", "_value_and_grad"],
-    ["_cycle", "_layout"],
+    ["_interleave", "_microbatch_map", "_parallel", "_train_state", "_value_and_grad"],
+    ["_cycle", "_layout", "_microbatch_map_rule"],
     ["_cycle_settings", "_noise_scale", "_objective", "_summed_already"],
     ["_term_weights"],
     ["_accumulators", "_compensated", "_loss", "_model_state", "_stages"],
@@ -36,9 +42,10 @@ LAYERS = [
     ["_batch_norm"],
     ["_metrics", "_forward", "_keys", "_params", "_batches"],
     ["_lazy", "_norms", "_sums"],
-    ["_collectives", "_merge", "_shards"],
+    ["_collectives", "_linen_wgrad", "_merge", "_nnx_wgrad", "_shards"],
     [
         "_agreement",
+        "_audit_widen",
         "_axes",
         "_batch_sizes",
         "_data_flow",
@@ -51,8 +58,9 @@ LAYERS = [
         "_position",
         "_unchanged",
         "_uses",
+        "_wgrad",
     ],
-    ["_checks", "_jaxprs"],
+    ["_audit_report", "_checks", "_jaxprs"],
 ]
 
 SUBMODULES = ("checkpointing", "linen", "nnx")
@@ -62,8 +70,10 @@ PUBLIC = [
 OF_SUBMODULES = [
     "checkpointing.restore",
     "checkpointing.save",
+    "linen.float32_wgrad",
     "linen.make_train_step",
     "linen.per_example",
+    "nnx.float32_wgrad",
     "nnx.make_train_step",
     "nnx.per_example",
     "nnx.value_and_grad",
@@ -100,10 +110,11 @@ def test_that_check_can_fail():
 
 def test_public_names():
     assert set(PUBLIC) == set(
-        "BatchSizes DataParallel LossOutput Max Min NoiseScale Stack Sum TrainState "
-        "WeightedSum "
-        "accumulate collectives cycles has_updated make_train_step merge pad_batch "
-        "state_specs value_and_grad value_and_grad_sums".split()
+        "BatchSizes DataParallel LossOutput Max Min NoiseScale Stack Sum "
+        "TrainState WeightedSum accumulate audit collectives cycles "
+        "float32_wgrad_dot_general has_updated make_train_step merge "
+        "microbatch_map pad_batch plan_memory state_specs value_and_grad "
+        "value_and_grad_sums".split()
     )
 
 
