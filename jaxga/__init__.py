@@ -11,6 +11,7 @@ from ._batches import pad_batch as pad_batch
 from ._collectives import collectives as collectives
 from ._cycles import cycles as cycles
 from ._loss import LossOutput as LossOutput
+from ._memory import plan_memory as plan_memory
 from ._merge import merge as merge
 from ._metrics import Max as Max
 from ._metrics import Min as Min

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import optax
@@ -11,6 +11,7 @@ from flax import nnx
 from ._checks import PyTree, name_of_type, place
 from ._feeding import anywhere
 from ._keys import check_key
+from ._memory_plan import MemoryPlan
 from ._nnx_loss import on_arrays
 from ._nnx_state import Nodes, Parts, as_variables, take_apart
 from ._noise_scale import NoiseScale
@@ -174,6 +175,14 @@ class TrainStep:
     parallel: DataParallel | None
     layouts: set = dataclasses.field(default_factory=set)
 
+    # Read by jaxga.plan_memory: two arguments before the batch.
+    takes_objects: ClassVar[bool] = True
+
+    @property
+    def plan(self) -> MemoryPlan | None:
+        """What `microbatch_size="auto"` has chosen; None before its first use."""
+        return getattr(self.step, "plan", None)
+
     def __call__(
         self,
         model: nnx.Module,
@@ -203,10 +212,23 @@ class TrainStep:
         num_microbatches: int | jax.Array | None = None,
     ) -> Any:
         """As `.lower` of a jitted function; shapes will do (`nnx.eval_shape`)."""
+        given = {"key": key, "num_microbatches": num_microbatches}
+        return self.trace(model, optimizer, batch, *args, **given).lower()
+
+    def trace(
+        self,
+        model: nnx.Module,
+        optimizer: nnx.Optimizer,
+        batch: PyTree = None,
+        *args: Any,
+        key: jax.Array | None = None,
+        num_microbatches: int | jax.Array | None = None,
+    ) -> Any:
+        """As `.trace` of a jitted function; shapes will do (`nnx.eval_shape`)."""
         _, state, rest = self._read(model, optimizer, batch, args)
         step: Any = self.step
         state = self._place(state)
-        return step.lower(state, *rest, key=key, num_microbatches=num_microbatches)
+        return step.trace(state, *rest, key=key, num_microbatches=num_microbatches)
 
     def _read(self, model, optimizer, batch, args):
         check_objects(model, optimizer)

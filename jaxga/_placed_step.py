@@ -46,7 +46,7 @@ class PlacedStep:
         self._jitted = jax.jit(
             train_step, static_argnames="placement", donate_argnums=donated
         )
-        self._parallel, self._seen = parallel, {}
+        self.parallel, self._seen = parallel, {}
 
     def __call__(self, state: PyTree, batch: PyTree, *args: Any, **keywords: Any):
         keywords["placement"] = self._look(state)
@@ -78,7 +78,7 @@ class PlacedStep:
         # Of one shape and kind for a whole run: looked at once, not at every call.
         key = treedef, *((np.shape(x), getattr(x, "sharding", None)) for x in leaves)
         if key not in self._seen:
-            layout = self._parallel.layout(state)
+            layout = self.parallel.layout(state)
             others = tuple(leaf.how.others for leaf in layout.leaves)
             self._seen[key] = Placement(others, _find_misplaced(leaves, layout))
         return self._seen[key]

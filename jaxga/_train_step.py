@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 from jax.typing import DTypeLike
 
+from ._auto_size import step_of_size
 from ._axes import AxisNames
 from ._checks import name_of_type
 from ._cycle_settings import CycleSettings
@@ -24,7 +25,8 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     accum_steps: int | None = None,
-    microbatch_size: int | None = None,
+    microbatch_size: int | Literal["auto"] | None = None,
+    global_batch_size: int | None = None,
     parallel: DataParallel | None = None,
     axis_name: AxisNames | None = None,
     model_state_merge: str | Mapping[str, str] = "carry",
@@ -44,7 +46,11 @@ def make_train_step(
             whose gradient is not finite then restores the model state that it changed.
         accum_steps: micro-batches per update. Give this or `microbatch_size`.
         microbatch_size: rows per micro-batch: with `parallel` or `axis_name`, of one
-            device.
+            device. `"auto"`: the largest that fits in the devices' memory, found as by
+            `jaxga.plan_memory` at the first use of the step, the same on all processes;
+            `step.plan` then says what was found. The step is compiled for a few sizes.
+        global_batch_size: with `microbatch_size="auto"`, the batch's rows, over all
+            devices: the sizes to choose from divide it.
         parallel: a `DataParallel`, for a mesh of devices.
         axis_name: instead of `parallel`, the axis or axes of the `pmap` or `shard_map`
             in which you call the step. The step is then not jitted.
@@ -72,8 +78,10 @@ def make_train_step(
         TypeError: `tx` is no gradient transformation; `parallel` is no `DataParallel`;
             a state of another kind; metrics that are no dict.
         ValueError: `parallel` and `axis_name` together; an unknown `nonfinite`; a
-            metric with the name of an entry of the record; and as for
-            `jaxga.value_and_grad`.
+            metric with the name of an entry of the record; `"auto"` without
+            `global_batch_size` or with `axis_name`, or nothing fits, or a device does
+            not say how much memory it has (a CPU: `jaxga.plan_memory` takes a budget);
+            and as for `jaxga.value_and_grad`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -91,17 +99,29 @@ def make_train_step(
         [0.05 0.05] 1.0 1
     """
     check_transformation("tx", tx)
-    settings = CycleSettings(
-        loss_fn,
+    cycle_axis = parallel_axis(parallel, axis_name)
+
+    def build(accum_steps, microbatch_size):
+        settings = CycleSettings(
+            loss_fn,
+            accum_steps=accum_steps,
+            microbatch_size=microbatch_size,
+            axis_name=cycle_axis,
+            accum_dtype=accum_dtype,
+            model_state_merge=model_state_merge,
+            per_example_keys=per_example_keys,
+        )
+        step = Step(_PlainState(tx), settings, parallel, nonfinite)
+        return jit_step(step, axis_name, donate)
+
+    return step_of_size(
+        build,
         accum_steps=accum_steps,
         microbatch_size=microbatch_size,
-        axis_name=parallel_axis(parallel, axis_name),
-        accum_dtype=accum_dtype,
-        model_state_merge=model_state_merge,
-        per_example_keys=per_example_keys,
+        global_batch_size=global_batch_size,
+        parallel=parallel,
+        axis_name=axis_name,
     )
-    step = Step(_PlainState(tx), settings, parallel, nonfinite)
-    return jit_step(step, axis_name, donate)
 
 
 class _PlainState(StateKind):

@@ -3,13 +3,14 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax.training.train_state import TrainState
 from jax.typing import DTypeLike
 
+from ._auto_size import step_of_size
 from ._axes import AxisNames
 from ._checks import name_of_type
 from ._cycle_settings import CycleSettings
@@ -29,7 +30,8 @@ def make_train_step(
     *,
     mutable: Sequence[str] = (),
     accum_steps: int | None = None,
-    microbatch_size: int | None = None,
+    microbatch_size: int | Literal["auto"] | None = None,
+    global_batch_size: int | None = None,
     parallel: DataParallel | None = None,
     axis_name: AxisNames | None = None,
     model_state_merge: str | Mapping[str, str] = "carry",
@@ -56,7 +58,8 @@ def make_train_step(
             `model_state={"batch_stats": ...}`, returned by it as
             `LossOutput(..., model_state=...)`, and written back.
         accum_steps: as for `jaxga.make_train_step`.
-        microbatch_size: as for `jaxga.make_train_step`.
+        microbatch_size: as for `jaxga.make_train_step`, `"auto"` too.
+        global_batch_size: as for `jaxga.make_train_step`.
         parallel: as for `jaxga.make_train_step`.
         axis_name: as for `jaxga.make_train_step`.
         model_state_merge: as for `jaxga.value_and_grad`; a dict gives rules by field.
@@ -99,17 +102,30 @@ def make_train_step(
         >>> print(metrics["update"], metrics["weight"])
         1 8
     """
-    settings = CycleSettings(
-        _with_overwritten(loss_fn, has_state=bool(mutable)),
+    kind = _LinenState(mutable)
+    joined = _with_overwritten(loss_fn, has_state=bool(mutable))
+    cycle_axis = parallel_axis(parallel, axis_name)
+
+    def build(accum_steps, microbatch_size):
+        settings = CycleSettings(
+            joined,
+            accum_steps=accum_steps,
+            microbatch_size=microbatch_size,
+            axis_name=cycle_axis,
+            accum_dtype=accum_dtype,
+            model_state_merge=model_state_merge,
+            per_example_keys=per_example_keys,
+        )
+        return jit_step(Step(kind, settings, parallel, nonfinite), axis_name, donate)
+
+    return step_of_size(
+        build,
         accum_steps=accum_steps,
         microbatch_size=microbatch_size,
-        axis_name=parallel_axis(parallel, axis_name),
-        accum_dtype=accum_dtype,
-        model_state_merge=model_state_merge,
-        per_example_keys=per_example_keys,
+        global_batch_size=global_batch_size,
+        parallel=parallel,
+        axis_name=axis_name,
     )
-    step = Step(_LinenState(mutable), settings, parallel, nonfinite)
-    return jit_step(step, axis_name, donate)
 
 
 # What a step writes itself.

@@ -1,12 +1,13 @@
 """Training steps for Flax nnx: on modules and `nnx.Optimizer`, updated in place."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
+from ._auto_size import step_of_size
 from ._axes import AxisNames
 from ._cycle_settings import CycleSettings
 from ._nnx_loss import on_arrays
@@ -137,7 +138,8 @@ def make_train_step(
     loss_fn: Callable[..., Any],
     *,
     accum_steps: int | None = None,
-    microbatch_size: int | None = None,
+    microbatch_size: int | Literal["auto"] | None = None,
+    global_batch_size: int | None = None,
     parallel: DataParallel | None = None,
     axis_name: AxisNames | None = None,
     model_state_merge: str | Mapping[Any, str] = "carry",
@@ -160,7 +162,8 @@ def make_train_step(
         loss_fn: as for `jaxga.nnx.value_and_grad`. Metrics that it returns must be a
             dict.
         accum_steps: as for `jaxga.make_train_step`.
-        microbatch_size: as for `jaxga.make_train_step`.
+        microbatch_size: as for `jaxga.make_train_step`, `"auto"` too.
+        global_batch_size: as for `jaxga.make_train_step`.
         parallel: as for `jaxga.make_train_step`. Dropout differs between devices. The
             first call lays the arrays of model and optimizer out on the mesh. A model
             that is too large for one device is made there:
@@ -209,15 +212,27 @@ def make_train_step(
         >>> print(metrics["update"], metrics["weight"], average.count[...])
         1 8 8
     """
-    settings = CycleSettings(
-        loss_fn,
+    cycle_axis = parallel_axis(parallel, axis_name)
+
+    def build(accum_steps, microbatch_size):
+        settings = CycleSettings(
+            loss_fn,
+            accum_steps=accum_steps,
+            microbatch_size=microbatch_size,
+            axis_name=cycle_axis,
+            accum_dtype=accum_dtype,
+            model_state_merge=model_state_merge,
+            per_example_keys=per_example_keys,
+        )
+        step = NnxStep(NnxKind(), settings, parallel, nonfinite)
+        return jit_step(step, axis_name, donate)
+
+    jitted = step_of_size(
+        build,
         accum_steps=accum_steps,
         microbatch_size=microbatch_size,
-        axis_name=parallel_axis(parallel, axis_name),
-        accum_dtype=accum_dtype,
-        model_state_merge=model_state_merge,
-        per_example_keys=per_example_keys,
+        global_batch_size=global_batch_size,
+        parallel=parallel,
+        axis_name=axis_name,
     )
-    step = NnxStep(NnxKind(), settings, parallel, nonfinite)
-    jitted = jit_step(step, axis_name, donate)
     return TrainStep(jitted, model_state_merge, parallel)
