@@ -1,112 +1,172 @@
 """What does a cycle cost, in memory and time, beside the alternatives?
 
     python benchmarks/cycle.py      # CPU, about two minutes
+    python benchmarks/cycle.py --accum-steps 1 2 4 8 16 32 64      # CPU, likewise
 
-Every contender does the same whole step: the gradient of a batch, and one AdamW update
+Every contender does the same whole cycle: the gradient of a batch, and one AdamW update
 of a donated state. "full batch" computes the batch at once, at the memory that one
 wants to save. "one micro-batch" is a step on a micro-batch only: the memory without
 accumulation. "update alone" is given a gradient. The others cut the batch into
-micro-batches. All gradients are compared before anything is timed.
+micro-batches; `optax.MultiSteps` and `jaxga.accumulate` are called once for each.
+
+All gradients are compared before anything is timed: on rows of unequal length, where a
+mean of means is not the mean, and on rows of one length, where all must agree. What is
+timed runs on the latter.
 """
 
-import argparse
 import dataclasses
-import json
 import statistics
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
+import markdown
 import optax
-from contenders import FLOOR, FULL, UPDATE, contenders, full_batch, plain, update_alone
+from contenders import (
+    FLOOR,
+    FULL,
+    MEAN_OF_MEANS,
+    UPDATE,
+    contenders,
+    full_batch,
+    keep_gradient,
+    plain,
+    update_alone,
+)
 from harness import (
+    add_size,
     check_equal,
     compile_step,
-    environment,
+    distance,
+    options,
+    publish,
     ratios,
-    save,
     time_in_turns,
     tree_bytes,
 )
 from tables import cycle_table
 from transformer import SIZES, Size, make_batch, make_params
 
+_MODELS = ("scanned", "unrolled")
+_ERRORS = ("gradient_error", "even_gradient_error")
+# Of a sweep over accum_steps or rows, which has half the layers for the time it takes.
+SWEPT = (
+    "jaxga.make_train_step",
+    "hand-written scan",
+    "optax.microbatch",
+    "optax.MultiSteps",
+)
 
-def keep_gradient() -> optax.GradientTransformation:
-    """An optimizer that changes nothing and whose state is the last gradient."""
 
-    def zeros(params):
-        return jax.tree.map(jnp.zeros_like, params)
+def check_gradients(entrants, params, batch, *, even=None) -> dict[str, dict]:
+    """How far every gradient is from the full batch's, in cycles as they are timed.
 
-    return optax.GradientTransformation(
-        zeros, lambda grads, state, params=None: (zeros(grads), grads)
-    )
+    Args:
+        entrants: the contenders by name, the full batch among them.
+        params: the parameters.
+        batch: rows of unequal length.
+        even: rows of one length. Without it nobody may take a mean of means.
 
-
-def check_gradients(entrants, params, batch) -> dict[str, float]:
-    """The distance of every gradient from the full batch's, in steps as they are timed.
+    Returns:
+        By name `gradient_error`, and with `even` also `even_gradient_error`.
 
     Raises:
-        ValueError: a contender computes another gradient.
+        ValueError: a contender computes another gradient than it should.
     """
-    tx = keep_gradient()
+    batches = {"gradient_error": batch}
+    if even is not None:
+        batches["even_gradient_error"] = even
+    expected = gradients_of(entrants[FULL], params, batches)
+    errors = {}
+    for name, entrant in entrants.items():
+        if name == FULL:
+            continue
+        actual = gradients_of(entrant, params, batches)
+        inexact = even is not None and name in MEAN_OF_MEANS
+        errors[name] = {
+            key: distance(actual[key], expected[key])
+            if inexact and key == "gradient_error"
+            else check_equal(name, actual[key], expected[key])
+            for key in batches
+        }
+    return errors
 
-    def gradient(entrant):
+
+def gradients_of(entrant, params, batches) -> dict:
+    """The gradients with which a contender's update is made, for each batch."""
+    tx = keep_gradient()
+    step = jax.jit(entrant.make_step(tx))
+    found = {}
+    for key, batch in batches.items():
         state = entrant.make_state(copy(params), tx)
         # A GPU's default rounds factors to 11 bits: another cut is another rounding.
         with jax.default_matmul_precision("highest"):
-            state, *_ = jax.jit(entrant.make_step(tx))(state, batch)
-        return jax.device_get(entrant.read_opt_state(state))
-
-    expected = gradient(entrants[FULL])
-    return {
-        name: check_equal(name, gradient(entrant), expected)
-        for name, entrant in entrants.items()
-        if name != FULL
-    }
+            for data in entrant.data(batch):
+                state, *_ = step(state, data)
+        found[key] = jax.device_get(entrant.read_opt_state(state))
+    return found
 
 
-def measure(size: Size, *, scanned: bool, accum_steps: int, rounds: int) -> dict:
-    """Memory and time of all contenders on one model."""
-    rows = accum_steps * size.microbatch_size
+def even_rows(batch):
+    """The batch with rows of one length."""
+    length = batch["mask"].shape[1]
+    mask = jnp.broadcast_to(jnp.arange(length) < 3 * length // 4, batch["mask"].shape)
+    return batch | {"mask": mask}
+
+
+def measure(
+    size: Size,
+    *,
+    scanned: bool,
+    accum_steps: int,
+    rounds: int,
+    names: Collection[str] | None = None,
+) -> dict:
+    """Memory and time of all contenders, or of those named, on one model."""
     params = make_params(size, scanned=scanned)
-    batch = make_batch(size, rows)
+    batch = make_batch(size, accum_steps * size.microbatch_size)
+    even = even_rows(batch)
     entrants = contenders(accum_steps, size.microbatch_size)
-    errors = check_gradients(entrants, params, batch)
+    names = set(entrants if names is None else names)
+    checked = {name: entrants[name] for name in entrants if name in {FULL, *names}}
+    errors = check_gradients(checked, params, batch, even=even)
 
-    inputs = dict.fromkeys(entrants, batch)
-    inputs[FLOOR] = make_batch(size, size.microbatch_size)
-    inputs[UPDATE] = jax.tree.map(jnp.ones_like, params)
+    entrants = {name: entrants[name] for name in entrants if name in names}
+    inputs = {name: entrant.data(even) for name, entrant in entrants.items()}
+    inputs[FLOOR] = [even_rows(make_batch(size, size.microbatch_size))]
+    inputs[UPDATE] = [jax.tree.map(jnp.ones_like, params)]
     entrants |= {FLOOR: plain(full_batch()), UPDATE: update_alone()}
-    runs, known = {}, {}
+    runs, found = {}, {}
     # What is short is run as often as a cycle does: the same noise, then, for all.
-    repeats = {name: 1 if inputs[name] is batch else accum_steps for name in entrants}
+    repeats = {name: 1 if name in names else accum_steps for name in entrants}
     for name, entrant in entrants.items():
-        runs[name], known[name] = prepare(entrant, params, inputs[name], repeats[name])
+        runs[name], found[name] = prepare(entrant, params, inputs[name], repeats[name])
+        found[name] |= errors.get(name, dict.fromkeys(_ERRORS))
     seconds = time_in_turns(runs, rounds, repeats)
-    parts = sum_of_parts(seconds, accum_steps)
     return {
         "model": "scanned" if scanned else "unrolled",
         **dataclasses.asdict(size),
         "accum_steps": accum_steps,
-        "rows": rows,
+        "rows": accum_steps * size.microbatch_size,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "gradient_bytes": tree_bytes(params),
         "rounds": rounds,
-        "contenders": {
-            name: known[name]
-            | {
-                "gradient_error": errors.get(name),
-                "temp_gradients": known[name]["temp_bytes"] / tree_bytes(params),
-                "median_seconds": statistics.median(seconds[name]),
-                "time_to_full_batch": ratios(seconds[name], seconds[FULL]),
-                "time_to_parts": ratios(seconds[name], parts)
-                if inputs[name] is batch
-                else None,
-            }
-            for name in entrants
-        },
+        "contenders": with_times(found, seconds, names, accum_steps),
+    }
+
+
+def with_times(found, seconds, cycles, accum_steps) -> dict:
+    """What is known of each contender, and its times; `cycles` are whole cycles."""
+    parts = sum_of_parts(seconds, accum_steps)
+    full = seconds.get(FULL)
+    return {
+        name: known
+        | {
+            "median_seconds": statistics.median(seconds[name]),
+            "time_to_full_batch": full and ratios(seconds[name], full),
+            "time_to_parts": ratios(seconds[name], parts) if name in cycles else None,
+        }
+        for name, known in found.items()
     }
 
 
@@ -114,12 +174,16 @@ def prepare(entrant, params, data, repeats) -> tuple[Callable, dict]:
     """A step compiled and given a state of its own; each call is the next `repeats`."""
     tx = optax.adamw(1e-4)
     state = entrant.make_state(copy(params), tx)
-    step, known = compile_step(entrant.make_step(tx), state, data)
+    step, known = compile_step(entrant.make_step(tx), state, data[0])
+    gradient = tree_bytes(params)
+    for part in ("temp", "total"):
+        known[f"{part}_gradients"] = known[f"{part}_bytes"] / gradient
 
     def run():
         nonlocal state
         for _ in range(repeats):
-            state, other = step(state, data)
+            for each in data:
+                state, other = step(state, each)
         return state, other
 
     return run, known
@@ -131,6 +195,35 @@ def sum_of_parts(seconds, accum_steps) -> list[float]:
     return [accum_steps * (step - update) + update for step, update in pairs]
 
 
+def sweep_table(result) -> str:
+    """The result of a sweep as Markdown: time / parts of each contender."""
+    models = result["models"]
+    names = [n for n, c in models[0]["contenders"].items() if c["time_to_parts"]]
+    parts = [markdown.setting(result["environment"])]
+    for kind in dict.fromkeys(model["model"] for model in models):
+        rows = [_sweep_row(m, names) for m in models if m["model"] == kind]
+        size = next(m for m in models if m["model"] == kind)
+        parts.append(
+            f"Layers {kind}: {size['layers']} of width {size['width']}, "
+            f"{size['parameters'] / 1e6:.1f} M parameters; {size['rounds']} rounds. "
+            "Time / parts: median (least to greatest)."
+        )
+        header = ("micro-batches", "tokens in each", "one micro-batch", *names)
+        parts.append(markdown.table([header, *rows]))
+    return markdown.join(parts)
+
+
+def _sweep_row(model, names):
+    def cell(name):
+        ratio = model["contenders"][name]["time_to_parts"]
+        return f"{ratio['median']:.3f} ({markdown.spread(ratio)})"
+
+    tokens = model["microbatch_size"] * model["length"]
+    seconds = model["contenders"][FLOOR]["median_seconds"]
+    first = (str(model["accum_steps"]), f"{tokens:,}", f"{1e3 * seconds:.3g} ms")
+    return *first, *map(cell, names)
+
+
 def copy(tree):
     """Steps donate their state: each needs one of its own."""
     return jax.tree.map(jnp.copy, tree)
@@ -138,41 +231,45 @@ def copy(tree):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    size = dataclasses.replace(SIZES[args.size], **sizes_given(args))
+    size, given = SIZES[args.size], sizes_given(args)
+    given_rows = given.pop("microbatch_size", [size.microbatch_size])
+    is_sweep = len(args.accum_steps) * len(given_rows) > 1
+    if is_sweep:
+        given.setdefault("layers", size.layers // 2)
+    size = dataclasses.replace(size, **given)
+    names = args.contenders or (SWEPT if is_sweep else None)
     models = [
         measure(
-            size,
+            dataclasses.replace(size, microbatch_size=rows),
             scanned=model == "scanned",
-            accum_steps=args.accum_steps,
-            rounds=args.rounds,
+            accum_steps=accum_steps,
+            rounds=args.rounds or (4 if is_sweep else 15),
+            names=names,
         )
         for model in args.models
+        for rows in given_rows
+        for accum_steps in args.accum_steps
     ]
-    result = {
-        "question": __doc__.splitlines()[0],
-        "environment": environment(),
-        "models": models,
-    }
-    path = save("cycle", result, args.output)
-    print(cycle_table(json.loads(path.read_text())))
-    print(f"\nwritten to {path}")
+    if is_sweep or FULL not in models[0]["contenders"]:
+        publish("cycle_sweep", __doc__, {"models": models}, sweep_table, args.output)
+    else:
+        publish("cycle", __doc__, {"models": models}, cycle_table, args.output)
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = "small" if jax.default_backend() == "cpu" else "large"
+    parser = options(__doc__)
+    add_size(parser, SIZES)
     add = parser.add_argument
-    add("--size", choices=SIZES, default=default, help="default here: %(default)s")
     add("--models", nargs="+", choices=_MODELS, default=_MODELS)
-    add("--accum-steps", type=int, default=8)
-    add("--rounds", type=int, default=15, help="timed rounds, after one to warm up")
-    add("--output", type=Path, help="the JSON file to write")
+    add("--accum-steps", type=int, nargs="+", default=[8], help="several: a sweep")
+    names = list(contenders(1, 1))
+    add("--contenders", nargs="+", choices=names, metavar="NAME", help=str(names))
+    add("--rounds", type=int, help="timed rounds, after one to warm up")
     for field in dataclasses.fields(Size):
-        add(f"--{field.name.replace('_', '-')}", type=int, help="instead of --size's")
+        several = {"nargs": "+"} if field.name == "microbatch_size" else {}
+        option = f"--{field.name.replace('_', '-')}"
+        add(option, type=int, help="instead of --size's", **several)
     return parser.parse_args(argv)
-
-
-_MODELS = ("scanned", "unrolled")
 
 
 def sizes_given(args):

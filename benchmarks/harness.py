@@ -1,5 +1,6 @@
 """What every benchmark does alike: compile, time in turns, compare, keep as JSON."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -144,8 +145,57 @@ def save(name: str, result: Mapping[str, Any], path: Path | None = None) -> Path
     return path
 
 
+def options(doc: str, *, rounds: int | None = None) -> argparse.ArgumentParser:
+    """The options that scripts share.
+
+    Args:
+        doc: the script's docstring, whose first line is its question.
+        rounds: the default of `--rounds`, for a script that times.
+    """
+    parser = argparse.ArgumentParser(description=_question(doc))
+    if rounds is not None:
+        help = "timed rounds, after one to warm up; default: %(default)s"
+        parser.add_argument("--rounds", type=int, default=rounds, help=help)
+    parser.add_argument("--output", type=Path, help="the JSON file to write")
+    return parser
+
+
+def add_size(parser: argparse.ArgumentParser, sizes: Mapping[str, Any]) -> None:
+    """`--size`: small on a CPU, large on an accelerator."""
+    default = "small" if jax.default_backend() == "cpu" else "large"
+    help = "default here: %(default)s"
+    parser.add_argument("--size", choices=sizes, default=default, help=help)
+
+
+def publish(
+    name: str,
+    doc: str,
+    found: Mapping[str, Any],
+    table: Callable[[Mapping[str, Any]], str],
+    path: Path | None = None,
+) -> None:
+    """Saves what a script found, with its question and the machine; prints its table.
+
+    Args:
+        name: the script's name, without `.py`.
+        doc: its docstring.
+        found: what it measured.
+        table: makes Markdown of the result.
+        path: where to write it; by default where `save` does.
+    """
+    head = {"question": _question(doc), "environment": environment()}
+    path = save(name, head | found, path)
+    # As it was saved: a table from the file is this one.
+    print(table(json.loads(path.read_text())))
+    print(f"\nwritten to {path}")
+
+
+def _question(doc):
+    return doc.splitlines()[0]
+
+
 def _commit():
-    """The commit of the library that was measured; None outside a git checkout."""
+    """The commit that was measured; outside a git checkout, what the script is told."""
 
     def git(*args):
         command = ("git", *args)
@@ -158,7 +208,7 @@ def _commit():
         changed = git("status", "--porcelain", "--", "jaxga")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("BENCHMARK_COMMIT")
 
 
 def _rounded(value):

@@ -14,29 +14,28 @@ All calls weigh the same, so that a mean of means, which is what `optax.MultiSte
 computes, is the mean.
 """
 
-import argparse
-import json
 import math
 import re
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxga
+import markdown
 import optax
 from harness import (
     PyTree,
+    add_size,
     check_equal,
     compile_step,
-    environment,
+    options,
+    publish,
     ratios,
-    save,
     time_in_turns,
 )
-from tables import streaming_table
 from transformer import Size, make_params
 
 ACCUM_STEPS = 8
@@ -236,26 +235,61 @@ def fresh(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
+def table(result: Mapping[str, Any]) -> str:
+    """A row for each contender."""
+    rows = [_row(name, found) for name, found in result["contenders"].items()]
+    setting = markdown.setting(result["environment"])
+    return markdown.join(setting, _shapes(result), markdown.table([_HEADER, *rows]))
+
+
+_HEADER = (
+    "contender",
+    "cycle",
+    "cycle / floor",
+    "(least to greatest)",
+    "mid-cycle call",
+    "closing call",
+    "bytes / parameter",
+    "temporaries / parameter",
+    "leaf copies",
+    "parameters error",
+    "moments error",
+)
+
+
+def _row(name, found):
+    floor, accessed = found["time_to_floor"], found["bytes_per_parameter"]
+    return (
+        name,
+        f"{found['median_seconds']:.3g} s",
+        f"{floor['median']:.3f}",
+        markdown.spread(floor),
+        f"{found['mid_call_ms']:.3g} ms",
+        f"{found['closing_call_ms']:.3g} ms",
+        "" if accessed is None else f"{accessed:.1f}",
+        f"{found['temp_per_parameter']:.1f}",
+        str(found["leaf_copies"]),
+        markdown.error(found["parameters_error"]),
+        markdown.error(found["moments_error"]),
+    )
+
+
+def _shapes(result):
+    ratio = result["multisteps_to_step"]
+    return (
+        f"{result['parameters'] / 1e6:.1f} M parameters in {len(result['shapes'])} "
+        f"leaves; cycles of {result['accum_steps']} calls; {result['rounds']} rounds; "
+        f"optax.MultiSteps / jaxga step: {ratio['median']:.2f} "
+        f"({ratio['min']:.2f} to {ratio['max']:.2f})."
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    result = {
-        "question": __doc__.splitlines()[0],
-        "environment": environment(),
-        **measure(SIZES[args.size], args.rounds),
-    }
-    path = save("streaming", result, args.output)
-    print(streaming_table(json.loads(path.read_text())))
-    print(f"\nwritten to {path}")
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = "small" if jax.default_backend() == "cpu" else "large"
-    add = parser.add_argument
-    add("--size", choices=SIZES, default=default, help="default here: %(default)s")
-    add("--rounds", type=int, default=15, help="timed rounds, after one to warm up")
-    add("--output", type=Path, help="the JSON file to write")
-    return parser.parse_args(argv)
+    parser = options(__doc__, rounds=15)
+    add_size(parser, SIZES)
+    args = parser.parse_args(argv)
+    found = measure(SIZES[args.size], args.rounds)
+    publish("streaming", __doc__, found, table, args.output)
 
 
 if __name__ == "__main__":

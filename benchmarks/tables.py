@@ -1,38 +1,114 @@
-"""Tables from the kept results, for the terminal and for the README.
+"""Tables from the kept results, for the terminal and for the READMEs.
 
-python benchmarks/tables.py      # rewrites the tables in benchmarks/README.md
+python benchmarks/tables.py      # rewrites those in benchmarks/README.md and README.md
 """
 
+import importlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import markdown
+from summary import HEADLINES, precision_paragraph, summary_table
+
 _HERE = Path(__file__).parent
+# By the name of its markers: the results that a table is made of (a pattern of files),
+# and the function that makes it. Imported when needed: scripts import this module.
+TABLES = {
+    "cycle": ("cycle", "tables.cycle_table"),
+    "cycle_sweep": ("cycle_sweep", "cycle.sweep_table"),
+    "memory": ("cycle_sweep", "tables.memory_table"),
+    "streaming": ("streaming", "streaming.table"),
+    "precision": ("precision", "precision.table"),
+    "compile_time": ("compile_time", "compile_time.table"),
+    "communication": ("communication", "communication.table"),
+    "extras": ("extras", "extras.table"),
+    "weight_gradients": ("weight_gradients", "weight_gradients.weight_gradients_table"),
+    "microbatch_map": ("microbatch_map", "microbatch_map.table"),
+    "memory_plan": ("memory_plan", "memory_plan.memory_plan_table"),
+    "against_torch": ("against_torch", "against_torch.table"),
+    "gpu": ("gpu_*", "gpu.table"),
+    "layouts": ("layouts", "tables.layouts_table"),
+}
+
+
+def readme(text: str, results: Path = _HERE / "results") -> str:
+    """The README of the benchmarks with its tables made anew from the results."""
+    for name, (source, place) in TABLES.items():
+        tables = [_function(place)(result) for result in load(source, results)]
+        text = between(text, f"{name} tables", tables)
+    return text
+
+
+def _function(place):
+    module, function = place.split(".")
+    return getattr(importlib.import_module(module), function)
+
+
+def root_readme(text: str, results: Path = _HERE / "results") -> str:
+    """The README of the library, with what the results say of it made anew."""
+    found = {name: list(load(name, results)) for name in HEADLINES}
+    text = between(text, "benchmarks", [summary_table(found)])
+    return between(text, "precision", [precision_paragraph(found["precision"])])
+
+
+def load(name: str, results: Path) -> Iterator[dict[str, Any]]:
+    """The results of one kind, or of all that match a pattern, of all devices."""
+    for path in sorted(results.glob(f"*/{name}.json")):
+        yield json.loads(path.read_text())
+
+
+def between(text: str, name: str, parts: list[str]) -> str:
+    """The text with other parts between the markers of a name.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    found = re.findall(f"{re.escape(begin)}|{re.escape(end)}", text)
+    if found != [begin, end]:
+        raise ValueError(f"The README needs {begin} and, after it, {end}, once each.")
+    before, rest = text.split(begin)
+    return markdown.join(before + begin, parts, end + rest.split(end)[1])
 
 
 def cycle_table(result: Mapping[str, Any]) -> str:
     """The result of `cycle.py` as Markdown."""
-    parts = [_setting(result["environment"])]
+    parts = [markdown.setting(result["environment"])]
     for model in result["models"]:
         parts.append(_model(model))
         rows = [_cycle_row(name, found) for name, found in model["contenders"].items()]
-        parts.append(_markdown([_CYCLE_HEADER, *rows]))
-    return "\n\n".join(parts)
+        parts.append(markdown.table([_CYCLE_HEADER, *rows]))
+    return markdown.join(parts)
 
 
-def streaming_table(result: Mapping[str, Any]) -> str:
-    """The result of `streaming.py` as Markdown."""
-    contenders = result["contenders"]
-    rows = [_streaming_row(name, found) for name, found in contenders.items()]
-    table = _markdown([_STREAMING_HEADER, *rows])
-    return "\n\n".join([_setting(result["environment"]), _streamed(result), table])
+def memory_table(result: Mapping[str, Any]) -> str:
+    """Memory in the result of a sweep of `cycle.py`, as Markdown."""
+    models = result["models"]
+    peers = [n for n, c in models[0]["contenders"].items() if c["time_to_parts"]]
+    rows = [_memory_row(model, peers) for model in models]
+    header = ("layers", "micro-batches", "tokens in each", "plain step", *peers)
+    setting = markdown.setting(result["environment"])
+    return markdown.join(setting, markdown.table([header, *rows]))
+
+
+def _memory_row(model, peers):
+    total = {
+        name: found["total_bytes"] / model["gradient_bytes"]
+        for name, found in model["contenders"].items()
+    }
+    plain = total["one micro-batch"]
+    tokens = model["microbatch_size"] * model["length"]
+    setting = (model["model"], f"{model['accum_steps']}", f"{tokens:,}")
+    beyond = (f"{total[name] - plain:+.2f}" for name in peers)
+    return *setting, f"{plain:.2f}", *beyond
 
 
 def layouts_table(result: Mapping[str, Any]) -> str:
     """The result of `layouts.py` as Markdown."""
-    parts = [_setting(result["environment"])]
+    parts = [markdown.setting(result["environment"])]
     for model in result["models"]:
         groups = (
             g for found in model["layouts"].values() for g in found["collectives"]
@@ -41,23 +117,8 @@ def layouts_table(result: Mapping[str, Any]) -> str:
         unit = "GiB" if model["gradient_bytes"] > 2**30 else "MiB"
         rows = [_layouts_row(*item, kinds, unit) for item in model["layouts"].items()]
         parts.append(_compiled(model, unit))
-        parts.append(_markdown([(*_LAYOUTS_HEADER, *kinds, "hidden"), *rows]))
-    return "\n\n".join(parts)
-
-
-_TABLES = {"cycle": cycle_table, "streaming": streaming_table, "layouts": layouts_table}
-
-
-def readme(text: str, results: Path = _HERE / "results") -> str:
-    """The README with its tables made anew from the results."""
-    for script, table in _TABLES.items():
-        begin, end = (f"<!-- {script} tables: {edge} -->" for edge in ("begin", "end"))
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        paths = sorted(results.glob(f"*/{script}.json"))
-        tables = [table(json.loads(path.read_text())) for path in paths]
-        text = "\n\n".join([before + begin, *tables, end + after])
-    return text
+        parts.append(markdown.table([(*_LAYOUTS_HEADER, *kinds, "hidden"), *rows]))
+    return markdown.join(parts)
 
 
 _CYCLE_HEADER = (
@@ -67,6 +128,7 @@ _CYCLE_HEADER = (
     "(least to greatest)",
     "time / parts",
     "gradient error",
+    "on rows of one length",
     "compile",
 )
 
@@ -78,42 +140,11 @@ def _cycle_row(name, found):
         name,
         f"{found['temp_gradients']:.2f}",
         f"{full['median']:.3f}",
-        f"{full['min']:.3f} to {full['max']:.3f}",
+        markdown.spread(full),
         f"{parts['median']:.3f}" if parts else "",
-        _error(error),
+        markdown.error(error),
+        markdown.error(found["even_gradient_error"]),
         f"{found['compile_seconds']:.1f} s",
-    )
-
-
-_STREAMING_HEADER = (
-    "contender",
-    "cycle",
-    "cycle / floor",
-    "(least to greatest)",
-    "mid-cycle call",
-    "closing call",
-    "bytes / parameter",
-    "temporaries / parameter",
-    "leaf copies",
-    "parameters error",
-    "moments error",
-)
-
-
-def _streaming_row(name, found):
-    floor, accessed = found["time_to_floor"], found["bytes_per_parameter"]
-    return (
-        name,
-        f"{found['median_seconds']:.3g} s",
-        f"{floor['median']:.3f}",
-        f"{floor['min']:.3f} to {floor['max']:.3f}",
-        f"{found['mid_call_ms']:.3g} ms",
-        f"{found['closing_call_ms']:.3g} ms",
-        "" if accessed is None else f"{accessed:.1f}",
-        f"{found['temp_per_parameter']:.1f}",
-        str(found["leaf_copies"]),
-        _error(found["parameters_error"]),
-        _error(found["moments_error"]),
     )
 
 
@@ -143,10 +174,6 @@ def _in(unit, size):
     return f"{size / {'GiB': 2**30, 'MiB': 2**20}[unit]:.2f}"
 
 
-def _error(error):
-    return "" if error is None else f"{error:.0e}" if error else "0"
-
-
 def _model(model):
     return (
         f"Layers {model['model']}: {model['layers']} of width {model['width']}, "
@@ -169,39 +196,13 @@ def _compiled(model, unit):
     )
 
 
-def _streamed(result):
-    ratio = result["multisteps_to_step"]
-    return (
-        f"{result['parameters'] / 1e6:.1f} M parameters in {len(result['shapes'])} "
-        f"leaves; cycles of {result['accum_steps']} calls; {result['rounds']} rounds; "
-        f"optax.MultiSteps / jaxga step: {ratio['median']:.2f} "
-        f"({ratio['min']:.2f} to {ratio['max']:.2f})."
-    )
-
-
-def _setting(environment):
-    names = ("jax", "jaxlib", "optax", "jaxga")
-    versions = ", ".join(f"{name} {environment[name]}" for name in names)
-    cores = environment["cpu_count"] if environment["backend"] == "cpu" else None
-    # The first digits of the hash, and "-dirty" where that is said.
-    commit = re.sub("(?<=^.{12})[0-9a-f]+", "", environment["commit"] or "unknown")
-    return (
-        f"**{environment['device_kind']}**{f' ({cores} cores)' if cores else ''}: "
-        f"Python {environment['python']}, {versions}, "
-        f"commit {commit}"
-    )
-
-
-def _markdown(rows):
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in lines)
+def main() -> None:
+    for path, rewrite in (
+        (_HERE / "README.md", readme),
+        (_HERE.parent / "README.md", root_readme),
+    ):
+        path.write_text(rewrite(path.read_text()))
 
 
 if __name__ == "__main__":
-    path = _HERE / "README.md"
-    path.write_text(readme(path.read_text()))
+    main()

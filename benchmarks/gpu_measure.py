@@ -1,0 +1,215 @@
+"""How `gpu_questions.py` measures cycles of the GPT, on a GPU or compiled for one.
+
+Every program is compiled once; its first cycle, from a fresh state, is compared before
+its times are taken.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import gpt
+import jax
+import jax.numpy as jnp
+import optax
+from contenders import (
+    FLOOR,
+    UPDATE,
+    Contender,
+    Loss,
+    full_batch,
+    in_parts,
+    plain,
+    update_alone,
+)
+from cycle import even_rows, sum_of_parts
+from harness import PyTree, check_equal, distance, ratios, time_in_turns
+from jax.sharding import Sharding
+
+# Of the gradient, to that in float32. A micro-batch left out of eight is a third.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-1}
+_DECAY = 0.9  # of AdamW's first moment, which is a tenth of the first gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The model, and the cycle that all contenders compute.
+
+    Attributes:
+        size: shapes; `microbatch_size` rows are a micro-batch.
+        accum_steps: micro-batches in a cycle.
+        scanned: whether layers are stacked and scanned.
+        losses: how the model computes.
+    """
+
+    size: gpt.Size
+    accum_steps: int
+    scanned: bool
+    losses: gpt.TokenLosses
+
+    def params(self) -> PyTree:
+        return gpt.make_params(self.size, scanned=self.scanned)
+
+    def batch(self, microbatches: int) -> PyTree:
+        """Rows of one length: all contenders then compute the same."""
+        return even_rows(
+            gpt.make_batch(self.size, microbatches * self.size.microbatch_size)
+        )
+
+    def float32_gradient(self, params: PyTree) -> PyTree:
+        """Of the whole cycle, row by row."""
+        batch = self.batch(self.accum_steps)
+        loss = Loss(gpt.TokenLosses(remat=self.losses.remat))
+        return in_parts(loss, params, batch, len(batch["mask"]))
+
+    def parts(self) -> dict[str, Contender]:
+        """What a cycle consists of: its ideal is made of their times."""
+        return {FLOOR: plain(full_batch(self.loss)), UPDATE: update_alone()}
+
+    @property
+    def loss(self) -> Loss:
+        return Loss(self.losses)
+
+    def describe(self) -> dict[str, Any]:
+        params = jax.eval_shape(self.params)
+        return {
+            **dataclasses.asdict(self.size),
+            "model": "scanned" if self.scanned else "unrolled",
+            "losses": dataclasses.asdict(self.losses),
+            "accum_steps": self.accum_steps,
+            "tokens": self.size.microbatch_size * self.size.length,
+            "parameters": gpt.count(params),
+            "gradient_bytes": 4 * gpt.count(params),
+        }
+
+
+def measure(
+    setting: Setting,
+    entrants: Mapping[str, Contender],
+    rounds: int,
+    *,
+    inexact: Collection[str] = (),
+    compiler_options: Mapping[str, dict] | None = None,
+    sharding: Sharding | None = None,
+) -> dict[str, Any]:
+    """Memory, errors and times of whole cycles.
+
+    Args:
+        setting: the model and the cycle.
+        entrants: the contenders by name.
+        rounds: timed rounds.
+        inexact: those whose gradient is compared and may differ.
+        compiler_options: by name, for a contender that is compiled in another way.
+        sharding: on a device that need not be there: programs are compiled for it, and
+            nothing runs.
+    """
+    options = compiler_options or {}
+    make = setting.params if sharding is None else lambda: _shapes(setting, sharding)
+    params, found, runs = make(), {}, {}
+    for name, entrant in (setting.parts() | dict(entrants)).items():
+        program = Program(setting, name, entrant, params, sharding)
+        found[name] = program.compile(options.get(name))
+        if sharding is None:
+            runs[name] = program
+    described = setting.describe() | {"rounds": rounds, "compiled_only": not runs}
+    if runs:
+        expected = setting.float32_gradient(params)
+        for name in entrants:
+            error = check(setting, name, runs[name], expected, name in inexact)
+            found[name]["gradient_error"] = error
+        add_times(found, runs, rounds, setting.accum_steps)
+    return described | {"contenders": found}
+
+
+def check(setting, name, program, expected, inexact) -> float:
+    """How far the gradient of a program's first cycle is from that in float32."""
+    jax.block_until_ready(program.cycle())
+    gradient = program.last_gradient()
+    if inexact:
+        return distance(gradient, expected)
+    return check_equal(name, gradient, expected, TOLERANCES[setting.losses.dtype])
+
+
+def add_times(found, runs, rounds, accum_steps) -> None:
+    repeats = {n: accum_steps if n in (FLOOR, UPDATE) else 1 for n in runs}
+    calls = {n: (lambda n=n: runs[n].cycles(repeats[n])) for n in runs}
+    seconds = time_in_turns(calls, rounds, repeats)
+    parts = sum_of_parts(seconds, accum_steps)
+    for name, times in seconds.items():
+        found[name]["median_seconds"] = statistics.median(times)
+        if name not in (FLOOR, UPDATE):
+            found[name]["time_to_parts"] = ratios(times, parts)
+
+
+class Program:
+    """A contender's step, compiled, with a state of its own."""
+
+    def __init__(self, setting, name, entrant, params, sharding):
+        self._entrant, self._setting = entrant, setting
+        self._tx = optax.adamw(1e-4)
+        if sharding is None:
+            self._data, self._state = self._made(name, params)
+        else:
+            made = jax.eval_shape(lambda p: self._made(name, p), params)
+            self._data, self._state = _placed(made, sharding)
+
+    def _made(self, name, params):
+        if name == UPDATE:
+            data = [jax.tree.map(jnp.ones_like, params)]
+        else:
+            microbatches = 1 if name == FLOOR else self._setting.accum_steps
+            data = self._entrant.data(self._setting.batch(microbatches))
+        return data, self._fresh(params)
+
+    def _fresh(self, params):
+        # Its state is donated.
+        return self._entrant.make_state(jax.tree.map(jnp.copy, params), self._tx)
+
+    def compile(self, options: dict | None) -> dict[str, Any]:
+        step = self._entrant.make_step(self._tx)
+        jitted = jax.jit(step, donate_argnums=0, compiler_options=options)
+        start = time.perf_counter()
+        self._step = jitted.lower(self._state, self._data[0]).compile()
+        seconds = time.perf_counter() - start
+        return {"compile_seconds": seconds, **memory_of(self._step, self._setting)}
+
+    def cycle(self):
+        for each in self._data:
+            self._state, other = self._step(self._state, each)
+        return other
+
+    def cycles(self, number: int):
+        for _ in range(number):
+            other = self.cycle()
+        return self._state, other
+
+    def last_gradient(self) -> PyTree:
+        """The gradient of the very first update, read off AdamW's first moment."""
+        moment = optax.tree.get(self._entrant.read_opt_state(self._state), "mu")
+        return jax.device_get(jax.tree.map(lambda mu: mu / (1 - _DECAY), moment))
+
+
+def memory_of(compiled, setting) -> dict[str, float]:
+    """In XLA's own account; the predicted peak is all of it, the donated once."""
+    memory = compiled.memory_analysis()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    temp = memory.temp_size_in_bytes
+    gradient = 4 * gpt.count(jax.eval_shape(setting.params))
+    return {
+        "temp_bytes": temp,
+        "temp_gradients": temp / gradient,
+        "predicted_peak_bytes": kept - memory.alias_size_in_bytes + temp,
+    }
+
+
+def _shapes(setting, sharding):
+    return _placed(jax.eval_shape(setting.params), sharding)
+
+
+def _placed(tree, sharding):
+    def place(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree)

@@ -1,0 +1,181 @@
+"""The questions of `gpu.py`: each yields what it finds, one setting after the other."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gpt
+import jax
+import jax.numpy as jnp
+import jaxga
+from contenders import FULL, Contender, contenders, maxtext_form, plain
+from gpu_measure import Program, Setting, measure
+from jax.sharding import Sharding
+
+JAXGA, BY_HAND, MICROBATCH = (
+    "jaxga.make_train_step",
+    "hand-written scan",
+    "optax.microbatch",
+)
+_BFLOAT16_SUMS = "MaxText's form, bfloat16 sums"
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where and at which size a question is asked.
+
+    Attributes:
+        on_gpu: whether it is, or is compiled for, a GPU: bfloat16, cuDNN's attention.
+        tiny: a model to try the script with.
+        rounds: timed rounds.
+        sharding: of a GPU that is not there, to compile for.
+    """
+
+    on_gpu: bool
+    tiny: bool
+    rounds: int
+    sharding: Sharding | None = None
+
+    def setting(
+        self, rows: int, accum_steps: int, *, scanned: bool, large=False, **losses
+    ) -> Setting:
+        name = "tiny" if self.tiny else "1.3b" if large else "124m"
+        size = dataclasses.replace(_SIZES[name], microbatch_size=rows)
+        computed = gpt.TokenLosses(
+            dtype="bfloat16" if self.on_gpu else "float32",
+            attention="cudnn" if self.on_gpu else "xla",
+            **losses,
+        )
+        return Setting(size, accum_steps, scanned, computed)
+
+    def measure(self, setting, entrants, **rest):
+        return measure(setting, entrants, self.rounds, sharding=self.sharding, **rest)
+
+
+# 1.31 billion parameters.
+_SIZES = gpt.SIZES | {"1.3b": gpt.Size(24, 2048, 1024, 50304, microbatch_size=4)}
+
+
+def cycle(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Does a cycle cost its arithmetic alone, by tokens and by micro-batches?"""
+    for rows, accum_steps in ((2, 8), (8, 8), (32, 8), (8, 1), (8, 64)):
+        setting = machine.setting(rows, accum_steps, scanned=False)
+        yield machine.measure(setting, _of(setting, JAXGA))
+
+
+def peers(machine: Machine) -> Iterator[dict[str, Any]]:
+    """What do the alternatives take, in time and memory, with scanned layers?"""
+    setting = machine.setting(8, 8, scanned=True, remat=True)
+    entrants = contenders(8, 8, setting.loss)
+    del entrants[FULL]
+    # Eight significant bits in the gradients, and in their sums.
+    half = plain(maxtext_form(8, setting.loss, jnp.bfloat16))
+    entrants[_BFLOAT16_SUMS] = half
+    yield machine.measure(setting, entrants, inexact={_BFLOAT16_SUMS})
+    setting = machine.setting(2, 8, scanned=True, remat=True)
+    names = (JAXGA, BY_HAND, MICROBATCH, "jaxga.accumulate", "optax.MultiSteps")
+    yield machine.measure(setting, _of(setting, *names))
+
+
+def fusion(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Is it worth adding weight gradients inside the matrix product?
+
+    Few tokens, so that the bytes of the accumulator weigh most. A product in float32
+    can be added by the product itself; by default bfloat16 leaves it, and XLA uses
+    Triton's kernels.
+    """
+    stock = machine.setting(2, 8, scanned=False)
+    exact = machine.setting(2, 8, scanned=False, float32_wgrad=True)
+    without_triton = {"xla_gpu_enable_triton_gemm": False} if machine.on_gpu else None
+    entrants, options = {}, {}
+    for setting, suffix in ((stock, ""), (exact, ", float32 weight gradients")):
+        entrants[JAXGA + suffix] = _of(setting, JAXGA)[JAXGA]
+        name = f"{JAXGA}, no Triton{suffix}"
+        entrants[name] = entrants[JAXGA + suffix]
+        options[name] = without_triton
+    yield machine.measure(stock, entrants, compiler_options=options)
+
+
+def large(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Carried or in place at a larger size; and is the predicted peak the real one?
+
+    jaxga adds each layer's gradient in place, the others carry a second buffer.
+    """
+    setting = _large(machine)
+    names = (JAXGA, BY_HAND, MICROBATCH)
+    found = machine.measure(setting, _of(setting, *names))
+    if machine.on_gpu and machine.sharding is None:
+        for name in names:
+            found["contenders"][name] |= _peak_in_own_process(name, machine)
+    yield found
+
+
+def traced(machine: Machine) -> Iterator[dict[str, Any]]:
+    """What does a number of micro-batches cost that is known only when it runs?"""
+    setting = machine.setting(2, 8, scanned=True)
+    entrants = _of(setting, JAXGA)
+    entrants["num_microbatches traced"] = Traced(
+        lambda tx: _traced_step(setting, tx),
+        jaxga.TrainState.create,
+        lambda state: state.opt_state,
+    )
+    yield machine.measure(setting, entrants)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced(Contender):
+    """Given the number of micro-batches beside the batch."""
+
+    def data(self, batch):
+        return [(batch, jnp.int32(8))]
+
+
+QUESTIONS = {each.__name__: each for each in (cycle, peers, fusion, large, traced)}
+
+
+def peak(name: str, machine: Machine) -> dict[str, int | None]:
+    """The most that this process has held, before and after two cycles of one step."""
+    setting = _large(machine)
+    entrant = _of(setting, name)[name]
+    program = Program(setting, name, entrant, setting.params(), None)
+    program.compile(None)
+    before = _peak_so_far()
+    jax.block_until_ready(program.cycles(2))
+    return {"before": before, "peak": _peak_so_far()}
+
+
+def _peak_in_own_process(name, machine):
+    """In a process of its own: a peak is that of everything a process has done."""
+    script = str(Path(__file__).with_name("gpu.py"))
+    command = [sys.executable, script, "--peak", name]
+    command += ["--size", "tiny"] if machine.tiny else []
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = json.loads(out.splitlines()[-1])
+    # What went before, compiling not the least, may have held more than the step.
+    is_known = found["peak"] > found["before"]
+    return {"measured_peak_bytes": found["peak"] if is_known else None}
+
+
+def _peak_so_far():
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", 0)
+
+
+def _large(machine):
+    return machine.setting(4, 4, scanned=True, large=True, remat=True)
+
+
+def _of(setting, *names):
+    rows = setting.size.microbatch_size
+    entrants = contenders(setting.accum_steps, rows, setting.loss)
+    return {name: entrants[name] for name in names}
+
+
+def _traced_step(setting, tx):
+    accum_steps = setting.accum_steps
+    step = jaxga.make_train_step(setting.loss.weighted_sum, tx, accum_steps=accum_steps)
+    return lambda state, data: step(state, data[0], num_microbatches=data[1])

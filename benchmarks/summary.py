@@ -1,0 +1,204 @@
+"""What the README of the library says of the results: one row for each headline."""
+
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import markdown
+
+Result = Mapping[str, Any]
+# A row: what is measured, what jaxga has, what the others have.
+Rows = Iterator[tuple[str, str, str]]
+
+
+def summary_table(found: Mapping[str, Sequence[Result]]) -> str:
+    """A table of headlines for each machine.
+
+    Args:
+        found: the results by name of the script, one for each device.
+    """
+    by_machine = {}
+    for name, headline in HEADLINES.items():
+        for result in found.get(name, ()):
+            rows = by_machine.setdefault(markdown.machine(result["environment"]), [])
+            rows += headline(result)
+    return markdown.join(
+        markdown.join(machine, markdown.table([("", "jaxga", "beside it"), *rows]))
+        for machine, rows in by_machine.items()
+        if rows
+    )
+
+
+def precision_paragraph(found: Sequence[Result]) -> str:
+    """How far gradients are from float64, in words."""
+    parts = [_precision_words(result) for result in found]
+    return markdown.join(parts) if parts else "Not measured yet."
+
+
+def _cycle(result: Result) -> Rows:
+    for model in result["models"]:
+        contenders, steps = model["contenders"], model["accum_steps"]
+        jaxga, others = _split(contenders, _CYCLE_PEERS)
+        plain, gradient = contenders["one micro-batch"], model["gradient_bytes"]
+
+        def beyond(found, plain=plain["total_bytes"], gradient=gradient):
+            return f"{(found['total_bytes'] - plain) / gradient:.2f}"
+
+        def time(found):
+            return _ratio(found["time_to_parts"])
+
+        what = f"cycle of {steps}, layers {model['model']}"
+        times = f"{what}: time, over {steps} micro-batches and an update"
+        memory = f"{what}: memory beyond a plain step's, in gradients"
+        yield times, time(jaxga), _each(others, time)
+        yield memory, beyond(jaxga), _each(others, beyond)
+
+
+_CYCLE_PEERS = ("hand-written scan", "optax.microbatch", "optax.MultiSteps")
+
+
+def _streaming(result: Result) -> Rows:
+    contenders = result["contenders"]
+    step, multisteps = contenders["jaxga step"], contenders["optax.MultiSteps"]
+    floor = contenders["bare add + AdamW"]
+    yield (
+        "call in mid-cycle, the optimizer's side",
+        f"{step['mid_call_ms']:.3g} ms",
+        f"a bare addition {floor['mid_call_ms']:.3g} ms; "
+        f"optax.MultiSteps {multisteps['mid_call_ms']:.3g} ms",
+    )
+    yield (
+        f"cycle of {result['accum_steps']} calls, over bare additions and an AdamW",
+        _ratio(step["time_to_floor"]),
+        f"optax.MultiSteps {_ratio(multisteps['time_to_floor'])}",
+    )
+
+
+def _precision(result: Result) -> Rows:
+    errors = result["errors"]
+    narrow = errors["float32, sums in bfloat16"]
+    for count in ("64", "1024"):
+        if count in narrow:
+            yield (
+                f"float32 gradient of {int(count):,} micro-batches, error to float64",
+                markdown.error(errors["float32"][count]),
+                f"sums in bfloat16 {markdown.error(narrow[count])}",
+            )
+
+
+def _compile_time(result: Result) -> Rows:
+    jaxga, others = _split(
+        result["contenders"],
+        ("hand-written scan", "loop in Python"),
+        "jaxga.value_and_grad",
+    )
+    first, last = list(jaxga)[0], list(jaxga)[-1]
+
+    def times(found):
+        most = list(found)[-1]
+        times = found[most]["total_seconds"] / found[first]["total_seconds"]
+        return f"{times:.2g}" + (f" (of {most})" if most != last else "")
+
+    yield (
+        f"compile time of {last} micro-batches, over that of {first}",
+        times(jaxga),
+        _each(others, times),
+    )
+
+
+def _communication(result: Result) -> Rows:
+    most = list(result["steps"]["zero=0"])[-1]
+
+    def moved(name):
+        groups = result["steps"][name][most]
+        size = sum(group["bytes_per_update"] for group in groups)
+        return f"{size / result['gradient_bytes']:.2f}"
+
+    loops = [name for name in result["steps"] if name.startswith("loop")]
+    yield (
+        f"gradients moved per update of {result['accum_steps']} micro-batches on "
+        f"{most} devices",
+        f"{moved('zero=0')}; `zero=1` {moved('zero=1')}",
+        "; ".join(f"{name} {moved(name)}" for name in loops),
+    )
+
+
+def _extras(result: Result) -> Rows:
+    extras = result["extras"]
+    costs = (
+        f"{name} {_ratio(extras[name]['time'])}"
+        for name in _CHEAP
+        if extras[name]["beside"] == "none"
+    )
+    yield "time of a step, over that without", "; ".join(costs), ""
+
+
+_CHEAP = (
+    "four metrics",
+    'nonfinite="skip_cycle"',
+    "traced num_microbatches",
+    "noise scale, of micro-batches",
+)
+
+
+def _layouts(result: Result) -> Rows:
+    model = result["models"][0]
+    jaxga, others = _split(model["layouts"], _LAYOUT_PEERS, "zero=3")
+
+    def temporaries(found):
+        return f"{found['temp_bytes'] / 2**30:.2f} GiB"
+
+    yield (
+        f"{model['parameters'] / 1e9:.2g} billion parameters, `zero=3`: temporaries of "
+        "each device (compiled, not run)",
+        temporaries(jaxga),
+        _each(others, temporaries),
+    )
+
+
+_LAYOUT_PEERS = ("GSPMD loop, FSDP", "GSPMD loop, FSDP, activations constrained")
+
+
+HEADLINES: dict[str, Callable[[Result], Rows]] = {
+    "cycle": _cycle,
+    "streaming": _streaming,
+    "precision": _precision,
+    "compile_time": _compile_time,
+    "communication": _communication,
+    "extras": _extras,
+    "layouts": _layouts,
+}
+
+
+def _precision_words(result: Result) -> str:
+    errors, show = result["errors"], markdown.error
+    half = [
+        *errors["bfloat16 computation"].values(),
+        *errors["bfloat16 parameters"].values(),
+    ]
+    narrow = errors["bfloat16 parameters and sums"]
+    most = list(narrow)[-1]
+    single = [f"{show(e)} over {int(n):,}" for n, e in errors["float32"].items()]
+    scaled = max(errors["float16 computation, loss scale 2^15"].values())
+    words = (
+        f"A gradient in float32 of a small transformer is this far from float64: "
+        f"{', '.join(single)} micro-batches. In bfloat16 it is {show(min(half))} to "
+        f"{show(max(half))}, over {int(most):,} micro-batches no more than over one; "
+        f"summed in bfloat16 (`accum_dtype=jnp.bfloat16`), {show(narrow[most])}. In "
+        f"float16, with a loss scale, it is {show(scaled)}."
+    )
+    return textwrap.fill(words, 92, break_on_hyphens=False)
+
+
+def _split(contenders, peers, name="jaxga.make_train_step"):
+    return contenders[name], {
+        peer: contenders[peer] for peer in peers if peer in contenders
+    }
+
+
+def _each(others, show):
+    return "; ".join(f"{name} {show(found)}" for name, found in others.items())
+
+
+def _ratio(ratio):
+    return f"{ratio['median']:.3f}"
