@@ -34,6 +34,29 @@ class Feeding:
         """Calls in this cycle so far."""
         return self.state.num_microbatches
 
+    def check_terms(self, totals: PyTree) -> None:
+        """Refuses a loss of other terms than there are sums for.
+
+        Args:
+            totals: the loss's total, or that of each term.
+        """
+        terms, names = self.state.terms, tuple(sorted(terms_of(totals)))
+        if terms is not None and set(terms) != set(names):
+            raise ValueError(
+                f"jaxga.accumulate was given terms={terms}, but loss_fn returned the "
+                f"terms {list(names)}."
+            )
+        if terms is None and len(names) > 1:
+            raise ValueError(
+                f"loss_fn returned the terms {list(names)}, and the optimizer "
+                "accumulates over several calls: each term would be divided by its "
+                "weight in one call, not by that in the cycle. Give jaxga.accumulate "
+                f"terms={names}, which takes an accumulator for each; or compute the "
+                "cycle in one call (accum_steps of the step); or, where the weights of "
+                "a cycle are known, call jaxga.value_and_grad_sums with term_weights= "
+                "and tx.step yourself."
+            )
+
     def add(
         self, params: PyTree, opt_state: PyTree, grads: PyTree, output: CycleOutput
     ) -> tuple[PyTree, PyTree]:
@@ -117,37 +140,8 @@ def _check_all_accumulate(tx, opt_state, params, state):
             )
 
 
-def check_feeding(
-    terms: tuple[str, ...] | None,
-    loss: Any,
-    loss_scale: Any,
-    noise_scale: Any,
-    nonfinite: str,
-) -> None:
-    """Refuses what cannot be exact, or has no meaning, over several calls.
-
-    Args:
-        terms: those that the optimizer has accumulators for.
-        loss: what the loss function returned.
-        loss_scale: that of the state.
-        noise_scale: that of the state.
-        nonfinite: that of the step.
-    """
-    if terms is not None and set(terms) != set(terms_of(loss)):
-        raise ValueError(
-            f"jaxga.accumulate was given terms={terms}, but loss_fn returned the terms "
-            f"{sorted(terms_of(loss))}."
-        )
-    if terms is None and isinstance(loss, dict) and len(loss) > 1:
-        raise ValueError(
-            f"loss_fn returned the terms {sorted(loss)}, and the optimizer accumulates "
-            "over several calls: each term would be divided by its weight in one call, "
-            "not by that in the cycle. Give jaxga.accumulate "
-            f"terms={tuple(sorted(loss))}, which takes an accumulator for each; or "
-            "compute the cycle in one call (accum_steps of the step); or, where the "
-            "weights of a cycle are known, call jaxga.value_and_grad_sums with "
-            "term_weights= and tx.step yourself."
-        )
+def check_feeding(loss_scale: Any, noise_scale: Any, nonfinite: str) -> None:
+    """Refuses what cannot be exact, or has no meaning, over several calls."""
     if loss_scale is not None:
         raise ValueError(
             "A loss scale and an optimizer made by jaxga.accumulate do not go "

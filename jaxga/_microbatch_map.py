@@ -73,7 +73,8 @@ def microbatch_map(
         `mapped` can be differentiated in reverse mode, with respect to floating-point
         arrays in `params`, `batch` and `args`, and those that `fn` closes over (over
         devices pass them as `args`: closed over, their gradients may be summed in every
-        micro-batch). `jax.jvp` of it is an error; that of its gradient is not.
+        micro-batch). `jax.jvp` of it is an error; that of its gradient is not. For an
+        ensemble, wrap its gradient in `jax.vmap`, and that in `jax.jit`.
 
     Raises:
         TypeError: `fn` is no function, or returns what is no array; a size is no

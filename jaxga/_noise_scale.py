@@ -118,7 +118,8 @@ class NoiseScale:
             weight: of the summed gradient: that of the parts, or 1 if it is divided.
 
         Returns:
-            The new averages; the old ones, if the cycle had fewer than two parts.
+            The new averages; the old ones, if the cycle had fewer than two parts, or
+            was not finite.
         """
         safe = jnp.where(parts.count > 1, parts.weight, 1)
         # By what the sums of the parts were divided already.
@@ -134,8 +135,9 @@ class NoiseScale:
             signal=self.signal + (signal - self.signal) / total,
             total=total,
         )
-        enough = parts.count > 1
-        return jax.tree.map(lambda new, old: jnp.where(enough, new, old), new, self)
+        # One NaN would stay for ever, where cycles that are not finite are applied.
+        good = (parts.count > 1) & jnp.isfinite(noise) & jnp.isfinite(signal)
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, self)
 
 
 def check_noise_scale(value: Any) -> NoiseScale:

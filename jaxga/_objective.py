@@ -42,6 +42,8 @@ class Objective:
             is_plain = self.factors is None
             factors = jax.tree.map(jnp.ones_like, totals) if is_plain else self.factors
             return [jax.tree.map(_cotangent, totals, factors)]
+        if not isinstance(totals, dict):
+            return [_cotangent(totals, jnp.float32(1))]
         return [
             {n: _cotangent(x, jnp.float32(n == name)) for n, x in totals.items()}
             for name in self.separate

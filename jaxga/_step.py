@@ -123,16 +123,14 @@ class Step:
         noise_per = None if noise_scale is None else noise_scale.per
         rest = (args, model_state, key, num_microbatches, loss_scale)
         terms = feeding and feeding.state.terms
-        is_local = feeding is not None and feeding.state.is_local
-        run = functools.partial(self._cycle, not is_local, noise_per, bool(terms))
+        run = functools.partial(self._cycle, feeding, noise_per)
         (sums, parts), grads = devices.run(run, batch, params, rest, terms)
         check_names(sums.metrics)
         output = finish_output(sums, None)
         if feeding is None:
             new, good, counts = self._update(state, grads, output, parts, devices)
         else:
-            policy = loss_scale, noise_scale, self.nonfinite
-            check_feeding(terms, sums.loss, *policy)
+            check_feeding(loss_scale, noise_scale, self.nonfinite)
             new, good, counts = self._add(feeding, state, grads, output, devices)
         model_state = _select(good, output.model_state, model_state)
         new = self.kind.with_model_state(new, model_state)
@@ -203,9 +201,7 @@ class Step:
         }
         return new, is_finite_everywhere(grads, axes), counts
 
-    def _cycle(
-        self, reduce_gradient, noise_per, separate, make_stage, batch, params, rest
-    ):
+    def _cycle(self, feeding, noise_per, make_stage, batch, params, rest):
         args, model_state, key, num_microbatches, loss_scale = rest
         cycle = Cycle(
             self.settings,
@@ -218,11 +214,16 @@ class Step:
             make_stage=make_stage,
             noise_per=noise_per,
         )
+        is_local = separate_terms = False
+        if feeding is not None:
+            feeding.check_terms(cycle.forward.shapes[0])
+            is_local = feeding.state.is_local
+            separate_terms = feeding.state.terms is not None
         output, grads, noise = cycle.run(
             reduce=True,
-            reduce_gradient=reduce_gradient,
+            reduce_gradient=not is_local,
             loss_scale=loss_scale,
-            separate_terms=separate,
+            separate_terms=separate_terms,
         )
         return (output, noise), grads
 

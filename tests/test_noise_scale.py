@@ -270,6 +270,16 @@ def test_a_skipped_cycle_leaves_it_alone():
             np.testing.assert_array_equal(new, old)
 
 
+def test_a_nan_that_is_applied_does_not_stay():
+    before, _ = run("microbatch", accum_steps=4)
+    batch = make_batch(1)
+    batch["x"][np.flatnonzero(batch["mask"])[3]] = np.nan
+    settings = {"accum_steps": 4, "nonfinite": "propagate"}
+    state, metrics = run("microbatch", batch=batch, state=before, **settings)
+    assert np.isnan(metrics["loss"]) and metrics["skipped"] == 0
+    assert metrics["noise_scale"] == before.noise_scale.value
+
+
 def test_one_part_is_no_estimate():
     state, metrics = run("microbatch", accum_steps=4, num_microbatches=1)
     assert metrics["noise_scale"] == state.noise_scale.total == 0

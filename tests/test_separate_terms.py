@@ -75,6 +75,14 @@ def test_sums_of_each_term():
     assert sums["rows"].weight == 384 and sums["rows"].weight.dtype == jnp.int32
 
 
+def test_a_loss_that_is_no_dict_is_the_only_term():
+    cycle = jaxga.value_and_grad_sums(counted, accum_steps=6, separate_terms=True)
+    _, sums = jax.jit(cycle)(make_params(), make_batch())
+    _, expected = truth(counted_mean, make_params(), make_batch())
+    assert sums.keys() == {"loss"}
+    assert distance(sums["loss"].mean(), expected) <= 1e-6
+
+
 def test_sums_merge():
     found = [jitted_sums()(make_params(), batch)[1] for batch in calls()]
     merged = functools.reduce(jaxga.merge, found)
@@ -364,9 +372,9 @@ def call(sums=None, weight=None, **extra):
     tx.step(params, tx.init(params), sums, ones if weight is None else weight, **extra)
 
 
-def step_with(terms):
+def step_with(terms, loss_fn=three_terms):
     tx = jaxga.accumulate(DESCENT, CALLS, terms=terms)
-    step = jaxga.make_train_step(three_terms, tx, accum_steps=2)
+    step = jaxga.make_train_step(loss_fn, tx, accum_steps=2)
     step(jaxga.TrainState.create(make_params(), tx), make_batch())
 
 
@@ -441,6 +449,11 @@ REFUSED = {
         ),
         ValueError,
         "if the weights are known, one sum is enough",
+    ),
+    "one loss": (
+        lambda: step_with(("a", "b"), counted),
+        ValueError,
+        "terms=('a', 'b'), but loss_fn returned the terms ['loss']",
     ),
     "no boolean": (
         lambda: jaxga.value_and_grad_sums(
