@@ -48,7 +48,9 @@ def microbatch_map(
     parallel=...)`, or inside `pmap` or `shard_map`: gather what must be seen with
     `lax.all_gather`, and return the sum over this device's own rows. A term of the
     whole batch, such as a covariance, is counted on one device:
-    `jnp.where(lax.axis_index(axis) == 0, term, 0)`.
+    `jnp.where(lax.axis_index(axis) == 0, term, 0)`. (Under plain `jit`, with a batch
+    that is sharded over devices, results are right too, but the compiler may reduce
+    the gradient over devices in every micro-batch.)
 
     Args:
         fn: `fn(params, microbatch, *args)`, with `key=` added where the call was given
