@@ -1,4 +1,4 @@
-"""What the README of the library says of the results: one row for each headline."""
+"""What the README of the library says of the results: headlines, and the examples."""
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -170,6 +170,98 @@ HEADLINES: dict[str, Callable[[Result], Rows]] = {
 }
 
 
+def example_parts(name: str, found: Sequence[Result]) -> list[str]:
+    """What an example has found: paragraphs, a table, a block of code.
+
+    Args:
+        name: one of `EXAMPLES`.
+        found: the results of `examples.py`, one for each machine: the first is told.
+    """
+    kept = [result["examples"][name] for result in found if name in result["examples"]]
+    return list(EXAMPLES[name](kept[0])) if kept else ["Not measured yet."]
+
+
+def _byte_lm(found: Result) -> Iterator[str]:
+    yield f"It prints, at the end ({_where(found)}):"
+    table = found["printed"][-1 - len(found["runs"]) :]  # with its header
+    yield "\n".join(("```", *table, "```"))
+
+
+def _experts(found: Result) -> Iterator[str]:
+    runs, mistake = found["runs"], "all over tokens"
+    errors = [run["all"] for name, run in runs.items() if "gradient: jaxga" in name]
+    yield _filled(
+        f"`examples/experts.py` trains a mixture of experts with three denominators "
+        f"(tokens, sequences, and the load balance per micro-batch), in one call and "
+        f"streamed: jaxga's gradient is that of all rows to "
+        f"{markdown.error(max(errors))} in float64. With everything divided by tokens "
+        f"it is off by {_percent(runs[f'gradient: {mistake}']['all'])}, and one of "
+        f"{found['experts']} experts gets "
+        f"{_percent(runs[f'after training: {mistake}']['busiest'])} of the tokens."
+    )
+
+
+def _batch_size(found: Result) -> Iterator[str]:
+    small, grown = found["runs"]["small"], found["runs"]["adaptive"]
+    yield _filled(
+        f"In `examples/batch_size.py` it grows from {grown['noise_scale_first']:,.0f} "
+        f"tokens to {grown['noise_scale_last']:,.0f} (medians of the first and the "
+        f"last tenth of the updates), and `num_microbatches` follows it without a "
+        f"recompilation: {grown['updates']} updates instead of {small['updates']} for "
+        f"the same tokens, held-out loss {grown['held_out']:.3f} instead of "
+        f"{small['held_out']:.3f}."
+    )
+
+
+def _contrastive(found: Result) -> Iterator[str]:
+    mapped, plain = (
+        _percent(found["runs"][f"{found['batch_size']} images, {way}"]["other_view"])
+        for way in ("microbatch_map", "plain accumulation")
+    )
+    yield _filled(
+        f"`examples/contrastive.py` shows what the negatives are worth: after "
+        f"{found['updates']} updates with {found['batch_size']} digits, in "
+        f"micro-batches of {found['microbatch_size']}, the other view of a held-out "
+        f"digit is found for {mapped} of them; with plain accumulation, which stays at "
+        f"the negatives of a micro-batch, for {plain}."
+    )
+
+
+def _nnx_digits(found: Result) -> Iterator[str]:
+    rows = [
+        (*words, f"{found['runs'][rule]['first_layer']:.1e}")
+        for rule, words in _RULES.items()
+    ]
+    header = ("rule", "running averages", "distance from the full batch's")
+    yield markdown.table([header, *rows])
+    yield _filled(
+        f"The distances are those of the first layer in `examples/nnx_digits.py` "
+        f"({_where(found)})."
+    )
+
+
+_RULES = {
+    "batch_norm": ('`"batch_norm"`', "as one batch of all rows would leave them"),
+    "mean": (
+        '`"mean"`',
+        "every micro-batch from the same start, averaged: the spread between them is "
+        "lost",
+    ),
+    "carry": (
+        '`"carry"` (default)',
+        "one after the other: they move `accum_steps` times per update",
+    ),
+}
+# By name of the example, what the README says of it.
+EXAMPLES: dict[str, Callable[[Result], Iterator[str]]] = {
+    "byte_lm": _byte_lm,
+    "experts": _experts,
+    "contrastive": _contrastive,
+    "batch_size": _batch_size,
+    "nnx_digits": _nnx_digits,
+}
+
+
 def _precision_words(result: Result) -> str:
     errors, show = result["errors"], markdown.error
     half = [
@@ -187,7 +279,24 @@ def _precision_words(result: Result) -> str:
         f"summed in bfloat16 (`accum_dtype=jnp.bfloat16`), {show(narrow[most])}. In "
         f"float16, with a loss scale, it is {show(scaled)}."
     )
-    return textwrap.fill(words, 92, break_on_hyphens=False)
+    return _filled(words)
+
+
+def _filled(words):
+    # A line does not end between a number and what is kept beside it.
+    filled = textwrap.fill(words, 92, break_on_hyphens=False)
+    return filled.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _percent(share):
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
+
+
+def _where(found):
+    """Versions and machine, in few words."""
+    place = found["environment"]
+    cores = f"{place['cpu_count']} CPU cores"
+    return f"Python {place['python']}, jax {place['jax']}, {cores}"
 
 
 def _split(contenders, peers, name="jaxga.make_train_step"):

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import markdown
-from summary import HEADLINES, precision_paragraph, summary_table
+from summary import (
+    EXAMPLES,
+    HEADLINES,
+    example_parts,
+    precision_paragraph,
+    summary_table,
+)
 
 _HERE = Path(__file__).parent
 # By the name of its markers: the results that a table is made of (a pattern of files),
@@ -30,6 +36,7 @@ TABLES = {
     "memory_plan": ("memory_plan", "memory_plan.memory_plan_table"),
     "against_torch": ("against_torch", "against_torch.table"),
     "gpu": ("gpu_*", "gpu.table"),
+    "examples": ("examples", "examples.table"),
     "layouts": ("layouts", "tables.layouts_table"),
 }
 
@@ -50,6 +57,9 @@ def _function(place):
 def root_readme(text: str, results: Path = _HERE / "results") -> str:
     """The README of the library, with what the results say of it made anew."""
     found = {name: list(load(name, results)) for name in HEADLINES}
+    examples = list(load("examples", results))
+    for name in EXAMPLES:
+        text = between(text, f"{name} example", example_parts(name, examples))
     text = between(text, "benchmarks", [summary_table(found)])
     return between(text, "precision", [precision_paragraph(found["precision"])])
 

@@ -145,14 +145,16 @@ def train(name, step, state, draw_batch, budget, measure, traces):
 # ---- The comparison ------------------------------------------------------------------
 
 
+def first_and_last(noise_scale):
+    """Medians of the first tenth and of the last tenth of a run."""
+    tenth = -(-len(noise_scale) // 10)
+    return np.median(noise_scale[:tenth]), np.median(noise_scale[-tenth:])
+
+
 def report(runs, measured):
     print("          updates   tokens in each   noise scale, first to last   held out")
     for name, run in runs.items():
-        tenth = -(-len(run.tokens) // 10)
-        first, last = (
-            f"{np.median(run.noise_scale[at : at + tenth]):.0f}"
-            for at in (0, len(run.tokens) - tenth)
-        )
+        first, last = (f"{noise:.0f}" for noise in first_and_last(run.noise_scale))
         each = f"{run.tokens.min():.0f} to {run.tokens.max():.0f}"
         row = "{:<9} {:>7} {:>16} {:>20} to {:<8} {:>6.3f}"
         loss = measured[name].loss[-1]

@@ -50,7 +50,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # ---- Flags ---------------------------------------------------------------------------
 
 
-def parse_flags():
+def parse_flags(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -61,7 +61,7 @@ def parse_flags():
     parser.add_argument("--devices", type=int, default=1, help="simulated on a CPU")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and order")
     parser.add_argument("--picture", type=pathlib.Path, default="byte_lm.png")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     for name, least in (("steps", 1), ("batch", 1), ("devices", 1), ("seed", 0)):
         if getattr(flags, name) < least:
             parser.error(f"--{name} {getattr(flags, name)}: must be at least {least}")
@@ -290,7 +290,7 @@ def print_samples(model, params, key, prompt=b"def "):
 
 
 def report(names, grads, curves, held_out):
-    """Prints how far each run is from (1), and checks it."""
+    """Prints how far each run is from (1), and checks it. Returns what it prints."""
     grads, truth = jax.device_get(grads), curves[0]["loss"]
     unit = optax.tree.norm(grads[0])
     gradient = [
@@ -304,6 +304,11 @@ def report(names, grads, curves, held_out):
     checked = [float(distance[:BOUND_HOLDS].max()) for distance in distances]
     assert gradient[1] < GRADIENT_BOUND < gradient[2] / 100, gradient
     assert checked[1] < LOSS_BOUND < checked[2] / 100, checked
+    columns = {"gradient": gradient, "loss": largest, "held_out": held_out}
+    return {
+        name: {column: values[i] for column, values in columns.items()}
+        for i, name in enumerate(names)
+    }
 
 
 def draw(path, names, curves, held_out):
@@ -345,8 +350,8 @@ def draw(path, names, curves, held_out):
     figure.savefig(path, dpi=90, format="png")
 
 
-def main():
-    flags, sizes = parse_flags()
+def main(argv=None):
+    flags, sizes = parse_flags(argv)
     layers, width, heads, context, peak = SIZES[flags.size]
     training, held_out = load_documents(context)
     batches = list(training_batches(training, flags, context))
@@ -390,7 +395,7 @@ def main():
     print_samples(model, states[1].params, key)
     draw(flags.picture, list(runs), curves, evaluations)
     print(f"picture: {flags.picture}")
-    report(list(runs), grads, curves, evaluations)
+    return report(list(runs), grads, curves, evaluations)
 
 
 if __name__ == "__main__":

@@ -200,6 +200,7 @@ def compare(rows, flags, training, held_out):
             params = train(compiled[name], start(seed, tx), stream)
             runs.append(evaluate(params, training, held_out))
     return {
+        "updates": flags.updates,
         "scores": scores,
         "gradient_error": gradient_error(first),
         "temp_bytes": {

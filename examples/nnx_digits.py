@@ -45,16 +45,6 @@ COLORS = "0.6", "tab:orange", "tab:red", "tab:blue"
 WIDTHS = 1.5, 5, 3, 1  # of lines that lie on each other
 BOUND = 1e-5  # of batch_norm at the first layer: rounding
 
-parser = argparse.ArgumentParser(
-    description=__doc__.splitlines()[0],
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-)
-parser.add_argument("--epochs", type=int, default=8)
-parser.add_argument("--picture", type=pathlib.Path, default="nnx_digits.png")
-flags = parser.parse_args()
-if flags.epochs < 1:
-    parser.error(f"--epochs {flags.epochs}: must be at least 1")
-
 digits = load_digits()
 images = (digits.images[..., None] / 16).astype(np.float32)
 labels = digits.target.astype(np.int32)
@@ -113,17 +103,17 @@ def apart(model, shadow):
     return distances
 
 
-def batches():
+def batches(epochs):
     """The same shuffled batches for every run; a rest of less than 64 is left out."""
     rng = np.random.default_rng(0)
-    for _ in range(flags.epochs):
+    for _ in range(epochs):
         order = rng.permutation(len(training["labels"]))
         for first in range(0, len(order) - ROWS + 1, ROWS):
             chosen = order[first : first + ROWS]
             yield {name: values[chosen] for name, values in training.items()}
 
 
-def train(name, accum_steps, rule):
+def train(name, accum_steps, rule, epochs):
     model, shadow = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, eps=1e-6))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -131,7 +121,7 @@ def train(name, accum_steps, rule):
         loss_fn, accum_steps=accum_steps, model_state_merge=rule
     )
     metrics, losses, distances = make_metrics(), [], []
-    for batch in tqdm(list(batches()), desc=name, unit=" updates"):
+    for batch in tqdm(list(batches(epochs)), desc=name, unit=" updates"):
         follow(shadow, model, batch)
         losses.append(step(model, optimizer, batch, metrics)["loss"])
         distances.append(apart(model, shadow))
@@ -142,7 +132,7 @@ def train(name, accum_steps, rule):
     return np.array(jax.device_get(losses)), distances, results.compute()
 
 
-def draw(curves):
+def draw(path, curves):
     plt.switch_backend("Agg")  # no window
     figure, (upper, lower) = plt.subplots(
         2, sharex=True, figsize=(8, 7), layout="constrained"
@@ -169,19 +159,46 @@ def draw(curves):
         panel.grid(alpha=0.3)
     upper.legend()
     lower.legend(ncols=4, title="solid: first layer; dotted: second", fontsize="small")
-    figure.savefig(flags.picture, dpi=90)
+    figure.savefig(path, dpi=90)
+
+
+def parse_flags(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--picture", type=pathlib.Path, default="nnx_digits.png")
+    flags = parser.parse_args(argv)
+    if flags.epochs < 1:
+        parser.error(f"--epochs {flags.epochs}: must be at least 1")
+    return flags
+
+
+def report(curves):
+    print("               averages, 1st and 2nd layer   held-out loss   accuracy")
+    for name, (_, distances, results) in curves.items():
+        first, second = distances[-1]
+        scores = f"{results['loss']:.4f} {results['accuracy']:>10.3f}"
+        print(f"{name:<12} {first:>16.1e} {second:>12.1e} {scores:>26}")
+
+
+def check(curves):
+    worst = {name: distances[:, 0].max() for name, (_, distances, _) in curves.items()}
+    assert worst["batch_norm"] < BOUND < worst["mean"] / 100, worst
+    assert worst["whole batch"] < BOUND < worst["carry"] / 100, worst
+    assert all(results["accuracy"] > 0.9 for _, _, results in curves.values())
+
+
+def main(argv=None):
+    flags = parse_flags(argv)
+    curves = {name: train(name, *run, flags.epochs) for name, run in RUNS.items()}
+    report(curves)
+    draw(flags.picture, curves)
     print(f"picture: {flags.picture}")
+    check(curves)
+    return curves
 
 
-curves = {name: train(name, *run) for name, run in RUNS.items()}
-print("               averages, 1st and 2nd layer   held-out loss   accuracy")
-for name, (_, distances, results) in curves.items():
-    first, second = distances[-1]
-    scores = f"{results['loss']:.4f} {results['accuracy']:>10.3f}"
-    print(f"{name:<12} {first:>16.1e} {second:>12.1e} {scores:>26}")
-draw(curves)
-
-worst = {name: distances[:, 0].max() for name, (_, distances, _) in curves.items()}
-assert worst["batch_norm"] < BOUND < worst["mean"] / 100, worst
-assert worst["whole batch"] < BOUND < worst["carry"] / 100, worst
-assert all(results["accuracy"] > 0.9 for _, _, results in curves.values())
+if __name__ == "__main__":
+    main()

@@ -89,9 +89,33 @@ def extra(tmp_path_factory):
     return run_script(tmp_path_factory, "extras.py", *options)
 
 
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """Into a file that has kept another example, and an earlier run of this one."""
+    path = tmp_path_factory.mktemp("examples") / "result.json"
+    path.write_text(json.dumps({"examples": {"contrastive": {}, "byte_lm": BEFORE}}))
+    flags = ("--updates", "2", "--seeds", "2", "--batch-sizes", "8")
+    options = ("--only", "contrastive", "--output", str(path), "--", *flags)
+    command = [sys.executable, "-W", "error", str(ROOT / "examples.py"), *options]
+    subprocess.run(command, check=True, timeout=240)
+    assert (path.parent / "contrastive.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads(path.read_text())
+
+
+BEFORE = {
+    "seconds": 9,
+    "environment": {"python": "3.99", "jax": "0.99", "cpu_count": 7},
+    "runs": {"(1)": {"loss": 0.5}, "(2)": {"loss": 0.25}},
+    "printed": ["samples", "run  loss", "(1)  0.50000", "(2)  0.25000"],
+}
+WAYS = ("microbatch_map", "plain accumulation")
+# What `publish` prints of it.
+BEFORE["environment"] |= {"device_kind": "cpu", "backend": "cpu", "jaxlib": "0.99"}
+BEFORE["environment"] |= {"optax": "0.99", "jaxga": "0.99", "commit": None}
 SCALED = "float16 computation, loss scale 2^15"
 NOISE = "noise scale, of micro-batches"
 SCRIPTS = ("result", "streamed", "precise", "compiled", "communicated", "extra")
+SCRIPTS += ("example",)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -316,6 +340,49 @@ def test_another_gradient_is_not_compared(load, monkeypatch):
     monkeypatch.setattr(compile_time, "CONTENDERS", {"half": lambda steps: of_half})
     with pytest.raises(ValueError, match="'half' is .* away"):
         compile_time.measure([2], 2, 1)
+
+
+def test_an_example_is_kept_beside_the_others(example):
+    assert list(example["examples"]) == ["byte_lm", "contrastive"]
+    assert example["examples"]["byte_lm"] == BEFORE
+    found = example["examples"]["contrastive"]
+    assert (found["updates"], found["batch_size"], found["microbatch_size"]) == (
+        2,
+        8,
+        8,
+    )
+    assert found["flags"][:2] == ["--updates", "2"] and found["seconds"] > 0
+    assert found["environment"] == example["environment"]
+    assert found["runs"].keys() == {f"8 images, {way}" for way in WAYS}
+    # The mean of both seeds: as it was printed, to its digits.
+    means = [
+        run[key] for key in ("other_view", "label") for run in found["runs"].values()
+    ]
+    (row,) = (line.split() for line in found["printed"] if line.startswith("    8 "))
+    assert row[1:5] == [f"{mean:.3f}" for mean in means]
+
+
+def test_the_readme_tells_of_an_example(load, example):
+    parts, example = load("summary").example_parts, copy.deepcopy(example)
+    found = example["examples"]["contrastive"]
+    mapped, plain = (found["runs"][f"8 images, {way}"] for way in WAYS)
+    mapped["other_view"], plain["other_view"] = 0.834, 0.696
+    (text,) = parts("contrastive", [{"examples": {}}, example])
+    text = " ".join(text.split())
+    assert "after 2 updates with 8 digits, in micro-batches of 8," in text
+    assert "found for 83 % of them; with plain" in text and text.endswith(", for 70 %.")
+    head, table = parts("byte_lm", [example])
+    assert head == "It prints, at the end (Python 3.99, jax 0.99, 7 CPU cores):"
+    assert table == "```\nrun  loss\n(1)  0.50000\n(2)  0.25000\n```"
+    assert parts("experts", [example]) == ["Not measured yet."]
+
+
+@pytest.mark.parametrize("argv", (["--", "--updates", "1"], ["--only", "lora"]))
+def test_only_the_defaults_of_known_examples_are_kept(load, argv, capsys):
+    with pytest.raises(SystemExit):
+        load("examples").main(argv)
+    error = capsys.readouterr().err
+    assert "need --output: the defaults" in error or "choice: 'lora'" in error
 
 
 def kept(name):
