@@ -81,7 +81,8 @@ class Cycle:
         self.stage = make_stage(params, self.axes, self.grad_dtypes)
         self.state = ModelState(model_state, settings.model_state_merge, self.axes)
         rows = count_rows(batch)
-        self.noise = PartsOfCycle(noise_per, self.stage, rows // self.accum_steps)
+        size = rows // self.accum_steps
+        self.noise = PartsOfCycle(noise_per, self.stage, size, self.accum_steps)
         self.rows = {"batch": as_rows(batch)}
         if settings.per_example_keys:
             self.rows["id"] = row_ids(rows, self.axes)

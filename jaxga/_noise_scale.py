@@ -181,11 +181,18 @@ class PartsOfCycle:
     micro-batch: there all devices that share it are one part.
     """
 
-    def __init__(self, per: str | None, stage: Stage0, rows: int):
+    def __init__(self, per: str | None, stage: Stage0, rows: int, accum_steps: int):
         self.per, self._stage, self._rows = per, stage, rows
         self._axes = tuple(n for n in stage.axes if n not in stage.shared_axes)
-        if per == "device":
-            self._check_devices()
+        devices = math.prod(map(lax.axis_size, self._axes))
+        if per == "device" and devices == 1:
+            raise ValueError(self._why_no_devices())
+        if per == "microbatch" and devices * accum_steps == 1:
+            raise ValueError(
+                "noise_scale compares micro-batches (NoiseScale(per='microbatch')), "
+                "but the cycle is one micro-batch on one device: there is nothing to "
+                f"compare {rows} rows with. Use accum_steps=2 or more."
+            )
 
     def start(self) -> Parts | None:
         if self.per is None:
@@ -222,14 +229,12 @@ class PartsOfCycle:
         part = Parts(squares, weight, has_any.astype(jnp.float32))
         return varying(part, self._stage.axes)
 
-    def _check_devices(self):
-        if math.prod(map(lax.axis_size, self._axes)) > 1:
-            return
+    def _why_no_devices(self):
         shared = self._stage.shared_axes
         why = "the batch is on one device"
         if shared:
             why = f"here the gradient of every micro-batch is divided over {shared}"
-        raise ValueError(
+        return (
             "noise_scale compares devices (NoiseScale(per='device')), but no two have "
             f"sums of their own: {why}. Use jaxga.NoiseScale(per='microbatch')."
         )

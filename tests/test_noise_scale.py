@@ -386,6 +386,11 @@ REFUSED = {
         ValueError,
         "the batch is on one device. Use jaxga.NoiseScale(per='microbatch')",
     ),
+    "one micro-batch": (
+        lambda: run("microbatch", accum_steps=1),
+        ValueError,
+        "one micro-batch on one device: there is nothing to compare 64 rows with",
+    ),
     "scattered gradients": (
         lambda: run("device", accum_steps=4, parallel=make_parallel("zero2")),
         ValueError,
