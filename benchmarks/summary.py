@@ -159,12 +159,40 @@ def _layouts(result: Result) -> Rows:
 _LAYOUT_PEERS = ("GSPMD loop, FSDP", "GSPMD loop, FSDP, activations constrained")
 
 
+def _against_torch(result: Result) -> Rows:
+    jaxga, others = _split(
+        result["contenders"], list(result["contenders"])[1:], "jaxga.make_train_step"
+    )
+
+    def speed(found):
+        return f"{found['tokens_per_second']:,.0f}"
+
+    yield (
+        f"tokens per second, a GPT of {result['parameters'] / 1e6:.1f} M parameters, "
+        f"{result['dtype']}",
+        speed(jaxga),
+        _each(others, speed),
+    )
+
+
+def _microbatch_map(result: Result) -> Rows:
+    for model in result["models"]:
+        times = model["contenders"]["jaxga.microbatch_map"]["time_to_full_batch"]
+        yield (
+            f"`microbatch_map`, layers {model['model']}: time over the full batch's",
+            _ratio(times),
+            "",
+        )
+
+
 HEADLINES: dict[str, Callable[[Result], Rows]] = {
     "cycle": _cycle,
     "streaming": _streaming,
     "precision": _precision,
     "compile_time": _compile_time,
     "communication": _communication,
+    "against_torch": _against_torch,
+    "microbatch_map": _microbatch_map,
     "extras": _extras,
     "layouts": _layouts,
 }

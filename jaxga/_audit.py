@@ -69,7 +69,9 @@ def audit(
         model_state_merge: as for `jaxga.value_and_grad`.
         accum_dtype: as for `jaxga.value_and_grad`.
         tolerance: what each leaf may differ by, relative to its norm, besides several
-            times the rounding of the full batch's own gradient.
+            times the rounding of the full batch's own gradient. So may what of the
+            whole is along the truth, its terms and micro-batches: there rounding
+            averages out, and small faults show.
         float64: whether to compute the truth in float64. False takes less memory, and
             finds errors that are larger than rounding only.
 
@@ -77,7 +79,8 @@ def audit(
         An `AuditReport`: `.passed`, the comparisons as `.entries`, and `.causes`, each
         with its `kind`, `where`, `text` and `size`. Printed, a table. It does not pass
         on nothing: on a gradient of zero, of NaN, or one that is the same for another
-        batch. What jaxga refuses when it traces is reported as a cause.
+        batch; nor where nothing is cut, with `accum_steps=1` on one device. What jaxga
+        refuses when it traces is reported as a cause.
 
     Raises:
         TypeError: a number that is no integer; a `grad_fn` that returns something else
@@ -131,8 +134,10 @@ def audit(
 
 def _report(study, settings, runs, grad_fn):
     entries, causes = [], study.nothing_to_compare()
+    if grad_fn is None and all(steps * n == 1 for steps, n in runs):
+        causes = [_nothing_is_cut(study.problem.rows)]
     if not causes:
-        study.note_zero_leaves()
+        study.note_what_is_hidden()
         if grad_fn is None:
             entries, causes = study_cycles(study, settings, runs)
         else:
@@ -143,6 +148,16 @@ def _report(study, settings, runs, grad_fn):
     return AuditReport(
         tuple(entries), tuple(causes), tuple(study.notes), study.describe()
     )
+
+
+def _nothing_is_cut(rows):
+    numbers = [n for n in range(2, rows + 1) if rows % n == 0]
+    cure = f"accum_steps={numbers[0]}" if numbers else "a batch of more rows"
+    text = (
+        "One micro-batch on one device is the full batch itself: nothing is added up, "
+        f"and any loss agrees. Give {cure}, or num_devices."
+    )
+    return Cause("nothing", "accum_steps", text, 1.0)
 
 
 def _counts(name, value):

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from ._audit_compare import Yardstick, norm, project, relative_error, times
+from ._audit_compare import Span, Yardstick, add, norm, project, relative_error, times
 from ._audit_coupling import Meeting, find_meeting, places_of
 from ._audit_pieces import Pieces
 from ._audit_problem import Problem, Sums
@@ -38,8 +38,7 @@ class Loss:
 
     def worst(self) -> str:
         """The parameter whose gradient is furthest out, and by how much."""
-        errors = self.exact.compare(self.pieces.summed())
-        return max(errors, key=lambda error: error.excess).words
+        return self.exact.worst(self.pieces.summed()).words
 
 
 def weights_that_do_not_add_up(loss: Loss) -> list[Cause]:
@@ -94,6 +93,30 @@ def means_that_are_not_sums(loss: Loss) -> list[Cause]:
     return causes
 
 
+def means_of_another_weight(loss: Loss) -> list[Cause]:
+    """Terms that each micro-batch makes rightly but for a factor of its own."""
+    causes = []
+    for name, grads in loss.full.grads.items():
+        parts = [part.grads[name] for part in loss.pieces.parts]
+        parts, size = [part for part in parts if norm(part)], norm(grads)
+        if not 1 < len(parts) < sum(map(np.size, grads)):
+            continue
+        is_made = Span(name, slice(None), parts).share(grads) > (1 - 1e-9) * size
+        error = relative_error(add(parts), grads)
+        if not is_made or error < 1e-6:
+            continue
+        text = (
+            f"The total of {words_for(name)} is a mean times another number than it "
+            "was divided by: micro-batches' gradients are those of their rows but for "
+            "a factor, another one for each, and do not add up. A mean is to be given "
+            "with the number that it was divided by: jaxga.WeightedSum.of(losses, "
+            "where=mask), or jaxga.WeightedSum.from_mean(mean, mask.sum()). Furthest "
+            f"out: {loss.worst()}."
+        )
+        causes.append(Cause("denominator", words_for(name), text, error))
+    return causes
+
+
 def examples_that_meet(loss: Loss) -> tuple[Cause, Meeting] | None:
     """Where two examples' values are computed together, if anywhere."""
     meeting = find_meeting(loss.problem)
@@ -103,8 +126,9 @@ def examples_that_meet(loss: Loss) -> tuple[Cause, Meeting] | None:
     text = (
         f"Examples see each other: {meeting.text} computes something from two of them "
         f"together ({meeting.size:.2g} of the change is not the sum of the changes "
-        f"that each makes alone), and {terms} depends on it. A micro-batch sees fewer "
-        f"examples than the full batch, and gets another gradient: off by "
+        f"that each makes alone), and {terms} depends on it. A micro-batch, or a "
+        "device, sees fewer examples than the full batch, and gets another gradient: "
+        f"with {loss.pieces.words} off by "
         f"{loss.size:.2g}; furthest {loss.worst()}. Normalise each example by itself "
         "(LayerNorm, GroupNorm); for a loss over all examples there is "
         "jaxga.microbatch_map."
@@ -120,19 +144,9 @@ def draws_that_depend_on_the_split(loss: Loss) -> list[Cause]:
     as_second = problem.sums(index=1).mean_gradient()
     if not loss.exact.agrees(as_second):
         return [_randomness(loss, relative_error(as_second, truth))]
-    order = np.random.default_rng(0).permutation(problem.rows)
-    moved = problem.sums(order).mean_gradient()
-    if not loss.exact.agrees(moved):
-        if draws:
-            return [_randomness(loss, relative_error(moved, truth))]
-        size = relative_error(moved, truth)
-        text = (
-            "The loss depends on where in the batch a row stands: with the same rows "
-            f"in another order the gradient is another, by {size:.2g} of its norm. "
-            f"Furthest out: {loss.worst()}. Give what belongs to a row with the row, "
-            "as a leaf of the batch."
-        )
-        return [Cause("position", "the batch", text, size)]
+    moved = _moved(problem)
+    if draws and not loss.exact.agrees(moved):
+        return [_randomness(loss, relative_error(moved, truth))]
     if problem.per_example_keys and find_meeting(problem) is None:
         meeting = find_meeting(problem, with_keys=True)
         if meeting is not None:
@@ -146,13 +160,35 @@ def draws_that_depend_on_the_split(loss: Loss) -> list[Cause]:
     return []
 
 
+def rows_that_know_their_place(loss: Loss) -> list[Cause]:
+    """What depends on the order of the rows, though no two of them meet."""
+    moved = _moved(loss.problem)
+    if loss.exact.agrees(moved):
+        return []
+    size = relative_error(moved, loss.exact.truth)
+    text = (
+        "The loss depends on where in the batch a row stands: with the same rows in "
+        f"another order the gradient is another, by {size:.2g} of its norm. Furthest "
+        f"out: {loss.worst()}. Give what belongs to a row with the row, as a leaf of "
+        "the batch."
+    )
+    return [Cause("position", "the batch", text, size)]
+
+
+def _moved(problem):
+    order = np.random.default_rng(0).permutation(problem.rows)
+    return problem.sums(order).mean_gradient()
+
+
 def why_it_does_not_add_up(loss: Loss) -> list[Cause]:
     """The causes that lie in the loss function, for a gradient that is not a sum."""
     draws = draws_that_depend_on_the_split(loss)
     scales = weights_that_do_not_add_up(loss) + means_that_are_not_sums(loss)
+    scales = scales or means_of_another_weight(loss)
     found = None if draws else examples_that_meet(loss)
     if found is None:
-        return draws + scales or [_unknown(loss)]
+        places = [] if draws else rows_that_know_their_place(loss)
+        return draws + places + scales or [_unknown(loss)]
     cause, meeting = found
     # A mean over a number of tokens couples examples too; that is said already.
     return scales if scales and meeting.is_division else [cause, *scales]
@@ -209,7 +245,8 @@ def _unknown(loss):
         f"{factor:.6g} times it), and none of the causes looked for was found. "
         f"Furthest out: {loss.worst()}."
     )
-    return Cause("unknown", loss.worst(), text, loss.size)
+    where = loss.exact.worst(parts).path
+    return Cause("unknown", where, text, loss.size)
 
 
 _DRAWS = ("random_bits", "rng_bit_generator", "threefry2x32", "rng_uniform")

@@ -8,6 +8,7 @@ they met.
 
 import contextlib
 import dataclasses
+import itertools
 import linecache
 import pathlib
 
@@ -24,7 +25,7 @@ from ._audit_widen import Widened
 
 # Neither, the one, the other, both.
 _SIGNS = np.array([1.0, -1.0, -1.0, 1.0])
-_ATTEMPTS = 4
+_ATTEMPTS = 6
 _THRESHOLD = 1e-5
 
 
@@ -145,15 +146,14 @@ def _interaction(outputs):
 
 def _pairs(problem):
     """Two rows to change, and the rows that each is to become."""
-    rows, found = problem.rows, 0
-    for step in range(1, rows):
-        first = (0, step)
-        second = (rows // 2 or 1, (rows // 2 or 1) - step)
-        if _differ(problem, *first) and _differ(problem, *second):
-            yield first, second
-            found += 1
-        if found == _ATTEMPTS:
-            return
+    rows = problem.rows
+    partners = itertools.cycle((rows // 2 or 1, 1, rows - 1))
+    pairs = (
+        ((0, step), (row, row - step))
+        for step, row in zip(range(1, rows), partners, strict=False)
+    )
+    usable = (pair for pair in pairs if all(_differ(problem, *one) for one in pair))
+    return itertools.islice(usable, _ATTEMPTS)
 
 
 def _differ(problem, a, b):

@@ -55,7 +55,8 @@ class Entry:
         num_devices: devices; 0 likewise.
         precision: what it was computed in.
         error: norm of the whole gradient's difference over the norm of the truth.
-        leaves: the error of each leaf, of the gradient and of the model state.
+        leaves: the error of each leaf, of the gradient and of the model state, and of
+            the whole gradient along what faults are made of.
         passed: whether every leaf is within what is allowed.
     """
 
@@ -89,7 +90,8 @@ class Cause:
     Attributes:
         kind: one of `refused`, `nothing`, `nan`, `unchanged`, `coupling`,
             `randomness`, `position`, `weight`, `mean`, `factor`, `denominator`,
-            `means`, `missing`, `devices`, `model_state`, `precision`, `unknown`.
+            `means`, `missing`, `devices`, `model_state`, `penalty`, `precision`,
+            `unknown`.
         where: the layer, term or parameter that it is about.
         text: it in plain words, with the numbers.
         size: the number that it is about: a relative error, or a factor.

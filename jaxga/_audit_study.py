@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._audit_causes import Loss, weights_that_do_not_add_up, why_it_does_not_add_up
-from ._audit_compare import make_yardstick, norm
+from ._audit_compare import WHOLE, Yardstick, along_itself, make_yardstick, norm
 from ._audit_cycles import Settings, run_cycle
-from ._audit_pieces import split
-from ._audit_problem import Problem, Sums, like
+from ._audit_pieces import Pieces, split
+from ._audit_problem import Problem, like
 from ._audit_report import Cause, Entry
 from ._audit_state import why_states_differ
 from ._checks import PyTree
@@ -19,6 +19,15 @@ from ._loss import words_for
 # How near two float64 computations of one gradient are (random draws are made in
 # float32), and what of a gradient counts as zero beside the rest of it.
 _EXACT, _ZERO = 1e-6, 1e-12
+
+# The full batch's gradient is rounded anew when it is multiplied by these on its way.
+_SCALES = (1.0, 1.125, 1.25, 1.375, 1.625, 1.75, 1.875)
+
+# If rounding hides so much of the gradient, faults too; and how much is said.
+_BLIND, _HAZY = 0.5, 1e-3
+
+# Of the model state there is but one sample.
+_STATE_NOISE = 16
 
 
 class Study:
@@ -36,24 +45,36 @@ class Study:
     def __init__(self, problem: Problem, tolerance: float):
         self.problem, self.notes = problem, []
         self.full = full = problem.sums()
-        samples = [problem.sums(wide=False, scale=scale) for scale in (1.0, 1.37)]
         eps = float(jnp.finfo(jnp.float32).eps)
-        grads = [sample.mean_gradient() for sample in samples]
-        truth = full.mean_gradient()
-        self.yardstick = make_yardstick(problem.paths, truth, grads, tolerance, eps)
+        self._options = {"tolerance": tolerance, "floor": eps}
+        self.yardstick = self._measure_rounding()
         self.states = make_yardstick(
             list(full.state),
             list(full.state.values()),
-            [list(sample.state.values()) for sample in samples],
-            tolerance,
-            eps,
+            [list(problem.sums(wide=False).state.values())],
+            factor=_STATE_NOISE,
+            **self._options,
         )
-        if problem.is_wide and not problem.kept:
-            self.exact = make_yardstick(problem.paths, truth, [], _EXACT, _ZERO)
+        self.exact, self.precision = self.yardstick, problem.precision
+        if problem.is_wide:
+            exact = {"tolerance": _EXACT, "floor": _ZERO}
+            self.exact = self._measure(_SCALES if problem.kept else (), True, **exact)
             self.precision = "float64"
-        else:
-            self.exact, self.precision = self.yardstick, problem.precision
-            self._note_of_precision()
+        self._note_of_precision()
+
+    def _measure_rounding(self, **rows: Any) -> Yardstick:
+        """The true gradient of some rows, and how it is rounded."""
+        weight = max(self.full.weights.values())
+        scales = (*_SCALES, *([1 / weight] if weight else []))
+        return self._measure(scales, False, rows, **self._options)
+
+    def _measure(self, scales, wide, rows=None, **options):
+        problem, rows = self.problem, rows or {}
+        full = problem.sums(**rows)
+        sums = [problem.sums(wide=wide, scale=scale, **rows) for scale in scales]
+        samples = [one.mean_gradient() for one in sums]
+        made = make_yardstick(problem.paths, full.mean_gradient(), samples, **options)
+        return along_itself(made, list(full.grads.values())) if samples else made
 
     def describe(self) -> str:
         """A line about the truth."""
@@ -86,7 +107,14 @@ class Study:
                     "logarithm, not after it."
                 )
                 return [Cause("nan", path, text, float("nan"))]
-        if norm(truth) <= np.linalg.norm(self.yardstick.noise):
+        if not self.yardstick.samples:
+            text = (
+                "The gradient of the full batch overflows in the dtype that the model "
+                "computes in, and not in float64. Audit a loss scaled down."
+            )
+            return [Cause("nan", WHOLE, text, float("nan"))]
+        noise = np.linalg.norm(self.yardstick.noise)
+        if norm(truth) <= noise or self.yardstick.accuracy > _BLIND:
             text = (
                 "The gradient of the full batch is zero in all leaves, or nothing but "
                 f"rounding (norm {norm(truth):.2g}): any accumulation of it is right."
@@ -111,14 +139,19 @@ class Study:
         rows = np.arange(self.problem.rows) // 2
         return [{"which": rows}, {"which": rows, "stretch": True}]
 
-    def other_batch(self) -> tuple[Sums, PyTree]:
-        """Another batch with another gradient, and its sums."""
+    def other_batch(self) -> tuple[Yardstick, PyTree]:
+        """Another batch with another gradient."""
         leaves = self.problem.take(**self._other)
-        return self.problem.sums(**self._other), like(self.problem.batch, leaves)
+        return self._measure_rounding(**self._other), like(self.problem.batch, leaves)
 
-    def note_zero_leaves(self) -> None:
-        """Says of which leaves nothing was proved."""
+    def note_what_is_hidden(self) -> None:
+        """Says of which leaves nothing was proved, and what rounding hides."""
         yardstick = self.yardstick
+        if yardstick.accuracy > _HAZY:
+            self.notes.append(
+                "the full batch's own rounding hides a wrong factor nearer to 1 than "
+                f"{yardstick.accuracy:.2g}"
+            )
         triples = zip(yardstick.paths, yardstick.truth, yardstick.noise, strict=True)
         zero = [path for path, t, noise in triples if norm([t]) <= noise]
         if zero:
@@ -129,40 +162,55 @@ class Study:
                 f"{', '.join(zero[:4])}{more}"
             )
 
-    def loss_at(self, count: int) -> Loss:
-        return Loss(self.problem, self.full, self.exact, split(self.problem, count))
+    def loss_at(self, accum_steps: int, num_devices: int = 1) -> Loss:
+        pieces = split(self.problem, accum_steps, num_devices)
+        return Loss(self.problem, self.full, self.exact, pieces)
+
+    def look_along(self, pieces: Pieces) -> None:
+        """Where rounding may hide faults: along sums of the micro-batches too."""
+        if self.yardstick.is_loose:
+            path = f"{WHOLE}, of {pieces.words}"
+            self.yardstick = self.yardstick.spanned(path, pieces.grads())
 
     def _note_of_precision(self):
-        kept = self.problem.kept
-        self.notes.append(
-            f"compared in {self.precision}, not in float64"
-            + (f": {', '.join(sorted(kept))} know no other" if kept else "")
-        )
+        kept = ", ".join(sorted(self.problem.kept))
+        if kept:
+            self.notes.append(f"not all is computed in float64: {kept} know no other")
+        elif not self.problem.is_wide:
+            self.notes.append(f"compared in {self.precision}, not in float64")
 
 
 def study_cycles(
     study: Study, settings: Settings, runs: list[tuple[int, int]]
 ) -> tuple[list[Entry], list[Cause]]:
     """Compares jaxga's cycles, `(accum_steps, num_devices)`, with the truth."""
-    most = max(steps for steps, _ in runs)
-    loss = study.loss_at(most)
-    entries = [
-        study.exact.entry(
-            loss.pieces.summed(),
-            "exact sums",
-            accum_steps=most,
-            num_devices=1,
-            precision=study.precision,
-        )
-    ]
+    finest = sorted({n: steps for steps, n in sorted(runs) if steps * n > 1}.items())
+    losses = [study.loss_at(steps, n) for n, steps in finest]
+    for loss in losses:
+        study.look_along(loss.pieces)
+    entries = [_exact_entry(study, loss) for loss in losses]
     entries += [run_entry(study, settings, *run) for run in runs]
     failed = [entry for entry in entries if not entry.passed]
-    if not loss.adds_up():
-        return entries, why_it_does_not_add_up(loss)
-    causes = weights_that_do_not_add_up(loss)
+    if failed and all(loss.adds_up() for loss in losses):
+        losses.append(study.loss_at(failed[-1].accum_steps, failed[-1].num_devices))
+    for loss in losses:
+        if not loss.adds_up():
+            return entries, why_it_does_not_add_up(loss)
+    causes = weights_that_do_not_add_up(losses[0])
     if failed and not causes:
         causes = _why_the_loop_differs(study, settings, failed[-1])
     return entries, causes
+
+
+def _exact_entry(study, loss):
+    pieces = loss.pieces
+    return study.exact.entry(
+        pieces.summed(),
+        "exact sums",
+        accum_steps=pieces.accum_steps,
+        num_devices=pieces.num_devices,
+        precision=study.precision,
+    )
 
 
 def run_entry(
@@ -190,6 +238,13 @@ def _why_the_loop_differs(study, settings, failed):
         return run_entry(study, changed, failed.accum_steps, failed.num_devices)
 
     worst = failed.worst
+    if not np.isfinite(failed.error):
+        text = (
+            f"The gradient of {worst.path} overflows in the cycle, which sums before "
+            "it divides, and the true one is finite. Scale the loss down, or compute "
+            "in bfloat16 or float32."
+        )
+        return [Cause("nan", worst.path, text, failed.error)]
     if study.problem.model_state is not None:
         causes = why_states_differ(study.problem, settings, failed, rerun)
         if causes:

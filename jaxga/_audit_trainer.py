@@ -33,6 +33,7 @@ class Trainer:
     Attributes:
         got: the gradient.
         dtypes: the dtypes that its leaves came in.
+        params: the parameters.
         yardstick: the truth, and how far off a right gradient may be.
         full: the sums over the full batch.
         splits: the micro-batches of the splits to think of.
@@ -42,6 +43,7 @@ class Trainer:
 
     got: Leaves
     dtypes: list[str]
+    params: Leaves
     yardstick: Yardstick
     full: Sums
     splits: list[Pieces]
@@ -52,14 +54,17 @@ class Trainer:
     def size(self) -> float:
         return relative_error(self.got, self.yardstick.truth)
 
+    @property
+    def where(self) -> str:
+        return self.yardstick.worst(self.got).path
+
     def worst(self) -> str:
-        errors = self.yardstick.compare(self.got)
-        return max(errors, key=lambda error: error.excess).words
+        return self.yardstick.worst(self.got).words
 
 
 def why_it_differs(trainer: Trainer) -> list[Cause]:
     """The first of the known faults that makes this gradient."""
-    looks = (_factor, _denominators, _coefficients, _rows, _precision)
+    looks = (_factor, _denominators, _coefficients, _parts, _rows, _penalty, _precision)
     for look in looks:
         cause = look(trainer)
         if cause is not None:
@@ -78,12 +83,13 @@ def _fits(trainer, candidate: Leaves) -> float | None:
 
 
 def _accuracy(trainer):
-    return max(1e-4, 4 * trainer.yardstick.tolerance)
+    yardstick = trainer.yardstick
+    return max(1e-4, 4 * yardstick.tolerance, yardstick.accuracy)
 
 
 def _factor(trainer):
     factor = _fits(trainer, trainer.yardstick.truth)
-    if factor is None or abs(factor - 1) <= trainer.yardstick.tolerance:
+    if factor is None or abs(factor - 1) <= trainer.yardstick.accuracy:
         return None
     names = list(trainer.full.weights)
     readings = explain_factor(factor, names[0], trainer.numbers, _accuracy(trainer))
@@ -134,9 +140,26 @@ def _combination(trainer, parts: list[Leaves]) -> np.ndarray | None:
     return factors if trainer.yardstick.agrees(trainer.got, made) else None
 
 
+def _parts(trainer):
+    """What each micro-batch counts, where they do not count alike."""
+    for pieces in trainer.splits:
+        parts = [part.mean_gradient(trainer.full.weights) for part in pieces.parts]
+        factors = _combination(trainer, parts)
+        if factors is None:
+            continue
+        furthest = int(np.argmax(np.abs(factors - 1)))
+        text = (
+            f"Of {pieces.words}, not all count alike: from {min(factors):.4g} times to "
+            f"{max(factors):.4g} times; part {furthest + 1} counts "
+            f"{factors[furthest]:.4g} times."
+        )
+        return Cause("means", f"part {furthest + 1}", text, float(factors[furthest]))
+    return None
+
+
 def _rows(trainer):
     """What each row counts, where the gradient tells the rows apart."""
-    if trainer.rows is None:
+    if trainer.rows is None or trainer.yardstick.is_loose:
         return None
     weights = trainer.full.weights
     parts = {
@@ -178,17 +201,11 @@ def _coefficients(trainer):
             factor = _fits(trainer, candidate)
             if factor is None:
                 continue
-            text = f"The gradient is {words}, of {pieces.count} {_layout(pieces)}"
+            text = f"The gradient is {words}, of {pieces.words}"
             if abs(factor - 1) > _accuracy(trainer):
                 text += f", times {factor:.6g}"
             return Cause(kind, f"the sum of {pieces.count} parts", text + ".", factor)
     return None
-
-
-def _layout(pieces):
-    if pieces.layout == "strided":
-        return f"micro-batches of rows i, i + {pieces.count}, ..."
-    return "parts of consecutive rows (micro-batches, or devices)"
 
 
 def _candidates(pieces: Pieces, weights) -> Iterator[tuple[str, str, Leaves]]:
@@ -220,38 +237,59 @@ def _candidates(pieces: Pieces, weights) -> Iterator[tuple[str, str, Leaves]]:
 
 def _precision(trainer):
     """An error that the rounding of a narrow accumulator explains, entry by entry."""
-    errors = [
-        np.abs(g - t) for g, t in zip(trainer.got, trainer.yardstick.truth, strict=True)
+    yardstick = trainer.yardstick
+    errors = [g - t for g, t in zip(trainer.got, yardstick.truth, strict=True)]
+    leaves = yardstick.compare(trainer.got)[: len(errors)]
+    sizes = [
+        (pieces.count + 2, add([_sizes(part, trainer) for part in pieces.parts]))
+        for pieces in trainer.splits
     ]
-    for dtype, unit in (("float16", 2.0**-11), ("bfloat16", 2.0**-9)):
-        for pieces in trainer.splits:
-            parts = [part.mean_gradient(trainer.full.weights) for part in pieces.parts]
-            sizes = [
-                sum(np.abs(leaf) for leaf in leaves)
-                for leaves in zip(*parts, strict=True)
-            ]
-            steps = pieces.count + 2
-            if all(
-                (e <= steps * unit * s + n).all()
-                for e, s, n in zip(errors, sizes, _slack(trainer), strict=True)
-            ):
-                return _rounded(trainer, dtype, unit)
-    return None
+    dtypes = [
+        dtype
+        for dtype, unit in (("bfloat16", 2.0**-9), ("float16", 2.0**-11))
+        if any(
+            _is_rounding(errors, times(steps * unit, size), leaves)
+            for steps, size in sizes
+        )
+    ]
+    return _rounded(trainer, dtypes) if dtypes else None
 
 
-def _slack(trainer):
-    return [error.allowed for error in trainer.yardstick.compare(trainer.got)]
+def _sizes(part, trainer):
+    return [np.abs(leaf) for leaf in part.mean_gradient(trainer.full.weights)]
 
 
-def _rounded(trainer, dtype, unit):
+def _is_rounding(errors, sizes, leaves):
+    """Whether errors are as small as that in every entry, and of either sign."""
+    triples = list(zip(errors, sizes, leaves, strict=True))
+    if not all((np.abs(e) <= s + leaf.allowed).all() for e, s, leaf in triples):
+        return False
+    ratios = _flat([e / np.where(s, s, 1) for e, s, _ in triples])
+    return abs(ratios.sum()) <= 4 * norm([ratios])
+
+
+def _penalty(trainer):
+    """The parameters themselves in the gradient."""
+    truth, params = trainer.yardstick.truth, trainer.params
+    factor = project([g - t for g, t in zip(trainer.got, truth, strict=True)], params)
+    if not trainer.yardstick.agrees(trainer.got, add([truth, times(factor, params)])):
+        return None
+    text = (
+        f"The gradient is the true one and {factor:.4g} times the parameters: a "
+        "penalty on them (weight decay) that loss_fn does not have."
+    )
+    return Cause("penalty", "the whole gradient", text, factor)
+
+
+def _rounded(trainer, dtypes):
     narrow = sorted({d for d in trainer.dtypes if d in ("bfloat16", "float16")})
     came = f" (it comes in {' and '.join(narrow)})" if narrow else ""
     text = (
         f"The error, {trainer.size:.2g} of the gradient's norm, is what summing or "
-        f"rounding in {dtype} makes{came}: in every entry a few times {unit:.1g} of "
-        "what was added up. Sum micro-batches' gradients in float32."
+        f"rounding in {' or '.join(narrow or dtypes)} makes{came}: in every entry a "
+        "small part of what was added up. Sum micro-batches' gradients in float32."
     )
-    return Cause("precision", trainer.worst(), text, trainer.size)
+    return Cause("precision", trainer.where, text, trainer.size)
 
 
 def _unknown(trainer):
@@ -263,7 +301,7 @@ def _unknown(trainer):
         "loss_fn's (dropout, batch statistics), the two cannot agree. Furthest out: "
         f"{trainer.worst()}."
     )
-    return Cause("unknown", trainer.worst(), text, trainer.size)
+    return Cause("unknown", trainer.where, text, trainer.size)
 
 
 def _flat(leaves):

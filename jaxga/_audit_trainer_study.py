@@ -9,6 +9,7 @@ import numpy as np
 
 from ._audit_causes import why_it_does_not_add_up
 from ._audit_compare import Leaves, relative_error
+from ._audit_cycles import on_host
 from ._audit_factors import numbers_of
 from ._audit_pieces import split
 from ._audit_report import Cause, Entry
@@ -46,9 +47,12 @@ def study_trainer(
         splits: the numbers of micro-batches that it may use.
         devices: the numbers of devices that it may use.
     """
-    problem, truth = study.problem, study.yardstick.truth
+    problem = study.problem
     first = _call(study, grad_fn, problem.batch)
-    entries = [_entry(study, first, truth, "grad_fn")]
+    if study.yardstick.is_loose:
+        for cut in _cuts(study, splits, devices):
+            study.look_along(split(problem, *cut))
+    entries = [_entry(study.yardstick, first, "grad_fn")]
     causes = first.causes or _check_finite(study, first)
     if causes:
         return entries, causes
@@ -57,7 +61,7 @@ def study_trainer(
         return entries, [_not_deterministic(first.leaves, again.leaves)]
     other, batch = study.other_batch()
     second = _call(study, grad_fn, batch)
-    entries.append(_entry(study, second, other.mean_gradient(), "another batch"))
+    entries.append(_entry(other, second, "another batch"))
     if all(
         np.array_equal(a, b) for a, b in zip(first.leaves, second.leaves, strict=True)
     ):
@@ -71,8 +75,9 @@ def study_trainer(
         causes = why_it_differs(trainer)
         if causes[0].kind == "coupling":
             # Added up rightly, of micro-batches that are not parts of the full batch.
-            loss = study.loss_at(max(*splits, *devices, 1))
-            causes = causes if loss.adds_up() else why_it_does_not_add_up(loss)
+            losses = [study.loss_at(*cut) for cut in _cuts(study, splits, devices)]
+            wrong = [loss for loss in losses if not loss.adds_up()]
+            causes = why_it_does_not_add_up(wrong[0]) if wrong else causes
         return entries, causes
     if not entries[1].passed:
         worst = entries[1].worst
@@ -143,8 +148,15 @@ def _wide(x: Any) -> np.ndarray:
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 
 
-def _entry(study, returned, truth, name):
-    yardstick = dataclasses.replace(study.yardstick, truth=truth)
+def _cuts(study, splits, devices) -> list[tuple[int, int]]:
+    """The ways to cut the rows: micro-batches and devices of each."""
+    counts = sorted({n for n in (*splits, *devices) if n > 1})
+    cuts = [cut for n in counts for cut in ((n, 1), (1, n))]
+    cuts += [(s, n) for n in devices for s in splits if n > 1 and s > 1]
+    return [(s, n) for s, n in cuts if study.problem.rows % (s * n) == 0]
+
+
+def _entry(yardstick, returned, name):
     dtypes = " and ".join(sorted(set(returned.dtypes)))
     return yardstick.entry(
         returned.leaves, name, accum_steps=0, num_devices=0, precision=dtypes
@@ -154,16 +166,11 @@ def _entry(study, returned, truth, name):
 def _trainer(study, returned: Returned, splits, devices) -> Trainer:
     problem, full = study.problem, study.full
     numbers = numbers_of(problem, full.weights, tuple(splits), tuple(devices))
-    counts = sorted({n for n in (*splits, *devices) if n > 1})
-    pieces = [
-        split(problem, count, layout)
-        for count in counts
-        if problem.rows % count == 0
-        for layout in ("strided", "contiguous")
-    ]
+    pieces = [split(problem, *cut) for cut in _cuts(study, splits, devices)]
     return Trainer(
         returned.leaves,
         returned.dtypes,
+        on_host(problem.params),
         study.yardstick,
         full,
         pieces,

@@ -145,7 +145,9 @@ class Widened:
         (x,), dtype = inputs, equation.params["new_dtype"]
         if _is_float(dtype) and not _is_narrow(x):
             # Counts too: the division by one is to be exact.
-            return self._note(seen, path, [jnp.asarray(x, wide_dtype(dtype))])
+            dtype = wide_dtype(dtype)
+            x = x.real if jnp.iscomplexobj(x) and dtype == np.float64 else x
+            return self._note(seen, path, [jnp.asarray(x, dtype)])
         return self._note(seen, path, _bind(equation, inputs, equation.params))
 
     def keep(self, equation, inputs, seen, path):
@@ -229,7 +231,8 @@ def _inner(equation):
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
 _INLINED += ("custom_jvp_call", "custom_vjp_call")
 # Bits, foreign programs, and devices' own.
-_KEPT = ("bitcast_convert_type", "shard_map", "xla_pmap")
+_KEPT = ("bitcast_convert_type", "shard_map", "xla_pmap", "pure_callback")
+_KEPT += ("io_callback", "debug_callback", "ffi_call")
 _SCATTERS = {
     "scatter": lax.scatter,
     "scatter-add": lax.scatter_add,

@@ -205,7 +205,13 @@ def run_all(name, inner, dtype):
     return jax.jit(run, compiler_options=QUICK)(make_params(dtype))
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if i % 4 else ())
+        for i, name in enumerate(INNER)
+    ],
+)
 def test_float32_parameters(name):
     expected, updated, stepped = run_all(name, INNER[name], jnp.float32)
     assert difference(expected, make_params()) > 1e-5, "the optimizer did nothing"

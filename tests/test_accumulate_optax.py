@@ -9,6 +9,8 @@ import optax
 import pytest
 from optax.transforms import _accumulation, _accumulation_test
 
+pytestmark = pytest.mark.long  # what they show is of no version of JAX
+
 
 class State(NamedTuple):
     """The names of optax."""

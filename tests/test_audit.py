@@ -177,7 +177,7 @@ def test_tries_several_splits_and_devices_by_default():
     loss_fn, params, _ = mlp()
     report = audit(loss_fn, params, make_batch(16))
     assert report.passed, report
-    tried = [(one.accum_steps, one.num_devices) for one in report.entries[1:]]
+    tried = [(one.accum_steps, one.num_devices) for one in report.entries[2:]]
     assert tried == [(1, 1), (2, 1), (4, 1), (2, 8)]
     assert not report.notes
     assert "248" not in str(report) and "60 parameters in 3 leaves" in str(report)
@@ -229,6 +229,20 @@ def test_what_knows_no_float64_is_said():
 
     report = audit(loss_fn, params, make_batch(), accum_steps=2, num_devices=1)
     assert report.passed and "bitcast_convert_type know no other" in str(report)
+
+
+@pytest.mark.long
+def test_callbacks_and_complex_numbers_are_widened_or_kept():
+    plain, params, _ = mlp()
+
+    def loss_fn(params, batch):
+        x = batch["x"]
+        ones = jax.pure_callback(np.ones_like, x, x, vmap_method="expand_dims")
+        size = jaxga.WeightedSum.of(jnp.abs(jnp.fft.fft(x @ params["w"])).sum((1, 2)))
+        return {"loss": plain(params, batch | {"x": x * ones}), "size": size}
+
+    report = audit(loss_fn, params, make_batch(), accum_steps=2, num_devices=1)
+    assert report.passed and "pure_callback know no other" in str(report), report
 
 
 # Nothing passes on nothing.

@@ -283,6 +283,45 @@ def test_what_jaxga_refuses_is_the_finding():
     assert "is the same on all devices" in cause.text
 
 
+def test_coupling_that_only_devices_see():
+    """Strided micro-batches keep the pairs together, devices do not."""
+
+    def loss_fn(params, batch):
+        out = hidden(params, batch)[:, 0] @ params["v"]
+        first, second = jnp.split(out, 2)
+        return jaxga.WeightedSum.of((first - second) ** 2)
+
+    batch = jax.tree.map(lambda x: x[:8], make_batch())
+    options = dict(batch=batch, accum_steps=2, num_devices=(1, DEVICES))
+    cause = find(loss_fn, kind="coupling", **options)
+    assert "2 micro-batches on each of 2 devices" in cause.text
+
+
+@pytest.mark.long
+def test_batch_norm_over_devices_without_microbatches():
+    options = dict(params=normalised("batch"), accum_steps=1, num_devices=DEVICES)
+    assert find(batch_norm, kind="coupling", **options).where == "Normalised/norm"
+
+
+def test_one_microbatch_on_one_device_proves_nothing():
+    cause = find(counted, accum_steps=1, kind="nothing")
+    assert cause.where == "accum_steps" and "Give accum_steps=2" in cause.text
+    batch = jax.tree.map(lambda x: x[:1], make_batch())
+    cause = find(counted, batch=batch, accum_steps=1, kind="nothing")
+    assert "Give a batch of more rows" in cause.text
+
+
+@pytest.mark.long
+def test_a_mean_that_is_given_with_another_weight():
+    def loss_fn(params, batch):
+        return jaxga.WeightedSum.from_mean(
+            counted(params, batch).mean(), len(batch["y"])
+        )
+
+    cause = find(loss_fn, kind="denominator")
+    assert cause.where == "the loss" and "another number than it" in cause.text
+
+
 # Faults of a trainer. One gradient function serves all: of a micro-batch's summed loss.
 
 
@@ -455,6 +494,14 @@ def test_summed_in_bfloat16():
 
     cause = find(counted, grad_fn=grad_fn, kind="precision")
     assert "bfloat16" in cause.text and 1e-4 < cause.size < 2e-2
+
+
+@pytest.mark.long
+def test_a_penalty_that_the_loss_does_not_have():
+    def grad_fn(params, batch):
+        return jax.tree.map(lambda g, p: g + 1e-3 * p, right(params, batch), params)
+
+    assert abs(find(counted, grad_fn=grad_fn, kind="penalty").size / 1e-3 - 1) < 0.01
 
 
 def over_devices(function, check_vma):

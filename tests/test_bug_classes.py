@@ -28,6 +28,8 @@ from problems import (
     truth,
 )
 
+pytestmark = pytest.mark.long  # what they show is of no version of JAX
+
 K, DEVICES, BOUND = 6, 4, 1e-6
 
 

@@ -123,6 +123,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", STAGES)
 def test_processes_equal_one_process(tmp_path, count):
     run_processes(count, tmp_path)

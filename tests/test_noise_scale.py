@@ -116,7 +116,13 @@ def test_micro_batches_on_one_device():
     np.testing.assert_array_equal(metrics["noise_scale"], state.noise_scale.value)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=() if name in ("zero0", "zero3") else pytest.mark.long)
+        for name in LAYOUTS
+    ],
+)
 def test_micro_batches_of_devices(layout):
     state, _ = run("microbatch", parallel=make_parallel(layout), accum_steps=4)
     device, microbatch = parts_of_rows(4, 4)
@@ -125,6 +131,7 @@ def test_micro_batches_of_devices(layout):
     check(state.noise_scale, *of_batch(make_batch(), part))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["zero0", "zero1", "hybrid"])
 def test_devices(layout):
     state, _ = run("device", parallel=make_parallel(layout), accum_steps=4)

@@ -90,7 +90,9 @@ def test_sums_merge():
     assert distance(whole, true_gradient()) <= 1e-6
 
 
-@pytest.mark.parametrize("checkpoint", [True, False])
+@pytest.mark.parametrize(
+    "checkpoint", [True, pytest.param(False, marks=pytest.mark.long)]
+)
 def test_scanned_layers_in_place(checkpoint):
     def loss_fn(params, x):
         layer = lambda h, w: (jnp.tanh(h @ w), None)  # noqa: E731
@@ -284,7 +286,9 @@ def test_train_step(zero):
     assert step._jitted._cache_size() == 1 if parallel else step._cache_size() == 1
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    "check_vma", [True, pytest.param(False, marks=pytest.mark.long)]
+)
 def test_sums_stay_on_their_device_until_the_end(check_vma):
     mesh = make_mesh(4)
     tx = jaxga.accumulate(DESCENT, CALLS, terms=TERMS, axis_name="data")
@@ -310,6 +314,7 @@ def test_sums_stay_on_their_device_until_the_end(check_vma):
     assert sum(c.bytes for c in found) <= 3 * gradient + 64
 
 
+@pytest.mark.long
 def test_linen():
     tx = jaxga.accumulate(DESCENT, CALLS, terms=TERMS)
     state = TrainState.create(apply_fn=None, params=make_params(), tx=tx)
@@ -339,6 +344,7 @@ def test_nnx():
     assert metrics["update"] == 1
 
 
+@pytest.mark.long
 def test_in_a_chain():
     tx = optax.chain(jaxga.accumulate(DESCENT, CALLS, terms=TERMS), optax.scale(2.0))
     step = jaxga.make_train_step(three_terms, tx, accum_steps=2)

@@ -61,7 +61,7 @@ RUNNERS = {
 }
 
 
-@pytest.mark.parametrize("accum_steps", (1, 2, 3, 6, 48))
+@pytest.mark.parametrize("accum_steps", (1, 6, 48))
 @pytest.mark.parametrize("name", LOSSES)
 def test_equals_the_float64_full_batch(name, accum_steps):
     loss, grads = true_loss_and_grads(name)
@@ -72,8 +72,8 @@ def test_equals_the_float64_full_batch(name, accum_steps):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("accum_steps", (1, 2, 3, 6, 48))
-@pytest.mark.parametrize("num_devices", (1, 2, 4, 8))
+@pytest.mark.parametrize("accum_steps", (1, 3, 48))
+@pytest.mark.parametrize("num_devices", (1, 4, 8))
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_equals_the_float64_full_batch_on_devices(runner, num_devices, accum_steps):
     loss, grads = true_loss_and_grads("counted")
@@ -84,7 +84,7 @@ def test_equals_the_float64_full_batch_on_devices(runner, num_devices, accum_ste
     assert output.weight == make_batch()["mask"].sum()
 
 
-@pytest.mark.parametrize("num_devices, accum_steps", [(2, 48), (8, 6)])
+@pytest.mark.parametrize("num_devices, accum_steps", [(8, 6)])
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_on_devices(name, runner, num_devices, accum_steps):

@@ -78,12 +78,14 @@ def test_three_updates_equal_the_full_batch(stage, mesh):
     check_three_updates(DataParallel(make_mesh(**sizes), **options, **STAGES[stage]), 4)
 
 
-@pytest.mark.parametrize("num_devices", (1, 2, 4))
+@pytest.mark.long
+@pytest.mark.parametrize("num_devices", (1, 4))
 @pytest.mark.parametrize("zero", (1, 2, 3))
 def test_on_fewer_devices(zero, num_devices):
     check_three_updates(DataParallel(make_mesh(data=num_devices), zero=zero), 4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("zero", (1, 2, 3))
 def test_one_microbatch(zero):
     check_three_updates(DataParallel(make_mesh(data=8), zero=zero), 1)
@@ -270,7 +272,9 @@ def test_overlap_last_computes_the_last_microbatch_after_the_loop():
     assert moved_bytes("0, overlap_last", "all-reduce", in_loop=False) == about(1)
 
 
-@pytest.mark.parametrize("zero", (1, 2, 3))
+@pytest.mark.parametrize(
+    "zero", (*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2)), 3)
+)
 def test_beside_tensor_parallelism_only_a_devices_part_is_moved(zero):
     parallel = DataParallel(make_mesh(data=4, model=2), zero=zero)
     step = jaxga.make_train_step(counted, TX, accum_steps=4, parallel=parallel)
@@ -290,7 +294,9 @@ def test_beside_tensor_parallelism_only_a_devices_part_is_moved(zero):
 # Integers are exact: nothing is counted twice, and nothing lost.
 
 
-@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize(
+    "zero", (*(pytest.param(n, marks=pytest.mark.long) for n in range(3)), 3)
+)
 def test_an_embedding_whose_gradient_is_scattered_in_a_scan(zero):
     """openxla/xla issue 49143: counts of tokens came out wrong on 4 devices."""
     tokens = np.random.default_rng(0).integers(0, 16, (64, 8)).astype(np.int32)
@@ -355,7 +361,7 @@ def test_parameters_reach_every_kind_of_use():
         assert distance(moves, others) <= 1e-6
 
 
-@pytest.mark.parametrize("zero", (1, 2, 3))
+@pytest.mark.parametrize("zero", (1, pytest.param(2, marks=pytest.mark.long), 3))
 def test_randomness_by_the_global_row(zero):
     def loss_fn(params, batch, key):
         noise = jax.vmap(lambda k: jax.random.normal(k, (16,)))(key)
@@ -595,6 +601,7 @@ def test_names_and_shardings_inside_a_model_survive():
     assert "attention" in lowered.compile().as_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", ({"data": 4, "model": 1}, {"data": 1, "model": 2}))
 @pytest.mark.parametrize("zero", (0, 1, 3))
 def test_meshes_with_an_axis_of_one_device(zero, sizes):
