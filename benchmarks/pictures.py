@@ -72,6 +72,7 @@ def cycle_sweep(result: Mapping[str, Any]) -> Figure:
         of_kind = [model for model in models if model["model"] == kind]
         _draw_cycles(axes, of_kind)
         axes.set_title(f"layers {kind}")
+    all_axes[0, 0].set_ylim(bottom=0)  # shared: when all are drawn
     all_axes[0, 0].set_ylabel("time of a cycle / that of its parts")
     handles, labels = all_axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
@@ -86,7 +87,6 @@ def _draw_cycles(axes, models):
         if None not in found:
             ratios = [each["time_to_parts"]["median"] for each in found]
             axes.plot(counts, ratios, style, color=color, label=name)
-    axes.set_ylim(bottom=0)
 
 
 def compile_time(result: Mapping[str, Any]) -> Figure:
