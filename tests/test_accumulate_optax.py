@@ -9,7 +9,7 @@ import optax
 import pytest
 from optax.transforms import _accumulation, _accumulation_test
 
-pytestmark = pytest.mark.long  # what they show is of no version of JAX
+pytestmark = pytest.mark.anywhere
 
 
 class State(NamedTuple):

@@ -19,6 +19,8 @@ from test_accumulate import (
     updated,
 )
 
+pytestmark = pytest.mark.anywhere
+
 SUMS, WEIGHTS = make_calls(2 * CALLS)
 CYCLES = [(SUMS[i : i + CALLS], WEIGHTS[i : i + CALLS]) for i in (0, CALLS)]
 ADAM = optax.adam(1e-2)

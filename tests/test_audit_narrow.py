@@ -15,6 +15,8 @@ from jaxga._audit_study import Study, study_cycles
 from jaxga._audit_trainer_study import study_trainer
 from test_audit import random_loss, random_values
 
+pytestmark = pytest.mark.anywhere
+
 ROWS, WIDTH, PARTS = 64, 16, 4
 
 

@@ -13,6 +13,8 @@ from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
 from problems import distance, make_mesh, split_over_devices
 
+pytestmark = pytest.mark.anywhere
+
 # The means of micro-batches lie well apart, and so do those of devices.
 SHIFT = 2.0 * (np.arange(48) % 3) + np.arange(48) / 8
 X = np.random.default_rng(0).normal(size=(48, 5)) + SHIFT[:, None]

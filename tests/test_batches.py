@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.anywhere
+
 
 @pytest.mark.parametrize(
     "given_sizes, expected",

@@ -14,6 +14,8 @@ import numpy as np
 import optax
 import pytest
 
+pytestmark = pytest.mark.anywhere
+
 ROOT = Path(__file__).parent.parent / "benchmarks"
 JAXGA, MULTISTEPS = "jaxga.make_train_step", "optax.MultiSteps"
 

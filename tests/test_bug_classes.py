@@ -28,7 +28,7 @@ from problems import (
     truth,
 )
 
-pytestmark = pytest.mark.long  # what they show is of no version of JAX
+pytestmark = pytest.mark.anywhere
 
 K, DEVICES, BOUND = 6, 4, 1e-6
 

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from streams import PROCESSES, Source, numbers
 
+pytestmark = pytest.mark.anywhere
+
 
 def as_lists(stream):
     """Each cycle as the first row of each micro-batch that it has, and its shape."""

@@ -39,7 +39,7 @@ def figures(output):
 @pytest.mark.long
 def test_streaming(tmp_path):
     script = BYTE_LM.parent / "streaming.py"
-    result = run_byte_lm(tmp_path, "--microbatches", "150", script=script)
+    result = run_byte_lm(tmp_path, "--microbatches", "80", script=script)
     assert result.returncode == 0, result.stdout + result.stderr
     found = re.search(
         r"largest difference of the loss: (\S+)\n.*parameters.*: (\S+)", result.stdout
@@ -65,7 +65,7 @@ def test_streaming_refuses_wrong_flags(tmp_path):
     ("name", "flags"),
     [
         ("nnx_digits", ("--epochs", "2")),
-        ("lora", ("--base", "20", "--steps", "15")),
+        ("lora", ("--base", "10", "--steps", "8")),
     ],
 )
 def test_examples_with_nnx(tmp_path, name, flags):
@@ -183,7 +183,7 @@ PREFERENCES = BYTE_LM.parent / "preferences.py"
 
 @pytest.mark.long
 def test_preferences(tmp_path):
-    quick = ("--base", "10", "--steps", "8", "--layers", "1")
+    quick = ("--base", "6", "--steps", "6", "--layers", "1")
     result = run_byte_lm(tmp_path, *quick, script=PREFERENCES)
     assert result.returncode == 0, result.stdout + result.stderr
     number = r"(-?[0-9.]+(?:e[+-]\d+)?)"

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.anywhere
+
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 

@@ -26,6 +26,8 @@ from problems import (
     truth,
 )
 
+pytestmark = pytest.mark.anywhere
+
 CALLS = 3  # per cycle
 
 

@@ -17,6 +17,8 @@ from problems import (
     split_over_devices,
 )
 
+pytestmark = pytest.mark.anywhere
+
 
 def dropped(params, batch, key):
     """Dropout on the hidden layer, one key per row."""

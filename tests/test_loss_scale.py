@@ -19,6 +19,8 @@ from problems import (
     truth,
 )
 
+pytestmark = pytest.mark.anywhere
+
 # Its state is the gradient that it was given.
 KEEP = optax.trace(decay=0.0, accumulator_dtype=jnp.float32)
 

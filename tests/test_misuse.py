@@ -24,6 +24,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxga import LossOutput, Max, Min, Stack, Sum, WeightedSum
 
+pytestmark = pytest.mark.anywhere
+
 KEY = jax.random.key(0)
 X = np.arange(12.0, dtype=np.float32).reshape(6, 2)
 BATCH = {"x": X, "y": np.ones(6, np.float32)}

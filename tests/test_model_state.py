@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec as P
 from jaxga import collectives
 from problems import make_mesh, split_over_devices
 
+pytestmark = pytest.mark.anywhere
+
 ROWS = np.arange(1.0, 25.0, dtype=np.float32)
 STATE = {
     "mean": np.float32(100),  # an exponential average, as batch norm keeps it

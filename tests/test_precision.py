@@ -15,6 +15,8 @@ import optax
 import pytest
 from problems import distance
 
+pytestmark = pytest.mark.anywhere
+
 ROWS, WIDTH, VOCAB = 96, 32, 17
 rng = np.random.default_rng(0)
 BATCH = {

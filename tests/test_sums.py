@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from problems import make_mesh
 
+pytestmark = pytest.mark.anywhere
+
 # WeightedSum.
 
 
