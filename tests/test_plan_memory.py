@@ -764,29 +764,5 @@ def test_processes_choose_the_same(tmp_path):
     assert size == alone.microbatch_size < more.microbatch_size
 
 
-# ---- The benchmark -------------------------------------------------------------------
-
-
-@pytest.mark.long
-def test_benchmark(tmp_path):
-    script = Path(__file__).parent.parent / "benchmarks" / "memory_plan.py"
-    path = tmp_path / "result.json"
-    command = [sys.executable, "-W", "error", script, "--models", "scanned"]
-    done = subprocess.run(
-        [*command, "--output", path],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert path.exists(), done.stderr
-    result = json.loads(path.read_text())
-    model = result["models"]["scanned"]
-    assert "micro-batch | accum_steps | planned | compiled" in done.stdout
-    predicted = [size for size in model["sizes"] if not size["compiled"]]
-    assert predicted and all("peak_if_compiled" in size for size in predicted)
-    is_far = any(abs(s["error"]) > result["tolerance"] for s in predicted)
-    assert done.returncode == is_far, done.stderr
-
-
 if __name__ == "__main__":
     be_a_process(*sys.argv[1:])

@@ -356,7 +356,7 @@ def test_in_a_chain():
 
 
 def test_cost():
-    """In mid-cycle: an addition for each term, in place, and nothing else."""
+    """An addition for each term, in place; at most the gradient beside, at the end."""
     params = {"w": jnp.zeros((256, 256))}
     tx = jaxga.accumulate(optax.adam(1e-3), 4, terms=("a", "b"))
     state = tx.init(params)
@@ -364,7 +364,7 @@ def test_cost():
     step = jax.jit(tx.step, donate_argnums=(0, 1)).lower(params, state, sums, ones)
     memory, tree = step.compile().memory_analysis(), 256 * 256 * 4
     assert memory.alias_size_in_bytes >= 5 * tree  # parameters, two moments, two sums
-    assert memory.temp_size_in_bytes < 0.1 * tree
+    assert memory.temp_size_in_bytes < 1.1 * tree
 
 
 # What is refused.
