@@ -11,6 +11,8 @@ import pytest
 from jax import lax
 from optax import chain, contrib
 
+pytestmark = pytest.mark.anywhere
+
 CALLS, CYCLES = 4, 3
 QUICK = {  # the programs are tiny, and there are 150 of them
     "xla_backend_optimization_level": 0,

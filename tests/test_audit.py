@@ -17,6 +17,8 @@ from jaxga._audit_cycles import Settings
 from jaxga._audit_problem import Problem
 from jaxga._audit_study import Study, study_cycles
 
+pytestmark = pytest.mark.anywhere
+
 ROWS, LENGTH, WIDTH, CLASSES = 8, 3, 4, 5
 
 

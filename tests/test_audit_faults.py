@@ -16,6 +16,8 @@ from jaxga._audit_study import Study
 from jaxga._audit_trainer_study import study_trainer
 from problems import make_mesh
 
+pytestmark = pytest.mark.anywhere
+
 ROWS, LENGTH, WIDTH, PARTS, DEVICES = 12, 3, 4, 3, 2
 
 

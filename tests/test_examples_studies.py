@@ -181,13 +181,3 @@ def test_wrong_flags(study, capsys, name, flags, message):
     with pytest.raises(SystemExit):
         study(name).main(list(flags))
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
-
-
-@pytest.mark.long
-def test_contrastive(study, tmp_path):
-    contrastive, picture = study("contrastive"), tmp_path / "contrastive.png"
-    flags = ["--updates", "3", "--seeds", "1", "--batch-sizes", "32"]
-    found = contrastive.main([*flags, "--picture", str(picture)])[32]
-    assert 0 < found["gradient_error"] < 5e-6
-    assert {len(runs) for runs in found["scores"].values()} == {1}
-    assert is_png(picture)

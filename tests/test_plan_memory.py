@@ -31,6 +31,8 @@ from jaxga._memory_flops import count_flops
 from jaxga._memory_search import MOST_COMPILES, Search
 from problems import distance, make_mesh
 
+pytestmark = pytest.mark.anywhere
+
 ROWS, LENGTH, WIDTH, HIDDEN = 64, 8, 48, 256
 TX = optax.sgd(0.1, momentum=0.9)  # Adam would hide a gradient of the wrong size
 BUDGET = 800_000
