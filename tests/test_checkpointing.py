@@ -34,6 +34,8 @@ from jaxga._fingerprint import fingerprint
 from orbax.checkpoint import checkpoint_managers
 from problems import counted, distance, make_batch, make_mesh, make_params, truth
 
+pytestmark = pytest.mark.anywhere
+
 ROWS, CALLS = 24, 4  # rows per call; calls per cycle
 
 

@@ -17,6 +17,8 @@ from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+pytestmark = pytest.mark.anywhere
+
 ROWS, FEATURES = 64, 8
 ORIGIN = np.linspace(-1, 1, FEATURES).astype(np.float32)
 STILL = optax.sgd(0.0)

@@ -27,6 +27,8 @@ from problems import (
     truth,
 )
 
+pytestmark = pytest.mark.anywhere
+
 TERMS = ("cross_entropy", "penalty", "rows")
 CALLS = 4
 DESCENT = optax.sgd(1.0)  # parameters move by exactly the gradient
