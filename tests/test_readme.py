@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_code_runs_in_order():
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) >= 7
