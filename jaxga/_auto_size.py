@@ -9,10 +9,12 @@ from ._axes import AxisNames
 from ._batch_sizes import BatchSizes
 from ._batches import count_rows
 from ._checks import PyTree, check_count
+from ._cycle_settings import CycleSettings
 from ._memory_budget import devices_of, find_budget
 from ._memory_plan import MemoryPlan
 from ._memory_planner import Lowered, Planner
 from ._parallel import DataParallel
+from ._step import Step, jit_step, parallel_axis
 
 AUTO = "auto"
 
@@ -123,19 +125,38 @@ _NOTE_ON_BUDGET = (
 )
 
 
-def step_of_size(
-    build: Callable[..., Any],
+def build_step(
+    make: Callable[[CycleSettings], Step],
+    loss_fn: Callable[..., Any],
     *,
     accum_steps: int | None,
     microbatch_size: int | str | None,
     global_batch_size: int | None,
     parallel: DataParallel | None,
     axis_name: AxisNames | None,
+    donate: bool,
+    **settings: Any,
 ) -> Any:
-    """The step of the size that the user wants, or one that finds it.
+    """The step of the size that the user wants, jitted, or one that finds its size.
 
-    `build(accum_steps=..., microbatch_size=...)` makes the step.
+    Args:
+        make: makes the step, not jitted, of the settings of its cycle.
+        loss_fn: as for `jaxga.make_train_step`, and so are the other arguments.
+        accum_steps: see there.
+        microbatch_size: see there.
+        global_batch_size: see there.
+        parallel: see there.
+        axis_name: see there.
+        donate: see there.
+        **settings: what `CycleSettings` takes besides.
     """
+    cycle_axis = parallel_axis(parallel, axis_name)
+
+    def build(accum_steps, microbatch_size):
+        sizes = {"accum_steps": accum_steps, "microbatch_size": microbatch_size}
+        of_cycle = CycleSettings(loss_fn, axis_name=cycle_axis, **sizes, **settings)
+        return jit_step(make(of_cycle), axis_name, donate)
+
     if not (isinstance(microbatch_size, str) and microbatch_size == AUTO):
         if global_batch_size is not None:
             raise ValueError(
@@ -144,17 +165,14 @@ def step_of_size(
                 "says how large it is. Leave it out. (jaxga.BatchSizes does the "
                 "arithmetic.)"
             )
-        return build(accum_steps=accum_steps, microbatch_size=microbatch_size)
+        return build(accum_steps, microbatch_size)
     _check_auto(accum_steps, global_batch_size, axis_name)
     total = check_count("global_batch_size", global_batch_size)
     # Refuses now what is wrong with any size, the batch's division among it.
-    step = build(accum_steps=None, microbatch_size=1)
-    del step
+    build(None, 1)
     if parallel is not None:
         BatchSizes(total, microbatch_size=1, num_devices=parallel.num_devices)
-    return AutoStep(
-        lambda size: build(accum_steps=None, microbatch_size=size), total, parallel
-    )
+    return AutoStep(lambda size: build(None, size), total, parallel)
 
 
 def _check_auto(accum_steps, global_batch_size, axis_name):

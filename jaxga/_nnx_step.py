@@ -202,18 +202,9 @@ class TrainStep:
         state.write(parts, optimizer)
         return metrics
 
-    def lower(
-        self,
-        model: nnx.Module,
-        optimizer: nnx.Optimizer,
-        batch: PyTree = None,
-        *args: Any,
-        key: jax.Array | None = None,
-        num_microbatches: int | jax.Array | None = None,
-    ) -> Any:
-        """As `.lower` of a jitted function; shapes will do (`nnx.eval_shape`)."""
-        given = {"key": key, "num_microbatches": num_microbatches}
-        return self.trace(model, optimizer, batch, *args, **given).lower()
+    def lower(self, *args: Any, **keywords: Any) -> Any:
+        """As `.lower` of a jitted function, of the arguments of `trace`."""
+        return self.trace(*args, **keywords).lower()
 
     def trace(
         self,

@@ -8,15 +8,14 @@ import jax
 import optax
 from jax.typing import DTypeLike
 
-from ._auto_size import step_of_size
+from ._auto_size import build_step
 from ._axes import AxisNames
 from ._checks import name_of_type
-from ._cycle_settings import CycleSettings
 from ._feeding import anywhere
 from ._optimizer import check_transformation, run_transformation
 from ._parallel import DataParallel
 from ._params import check_no_overwritten
-from ._step import StateKind, Step, jit_step, parallel_axis
+from ._step import StateKind, Step
 from ._train_state import TrainState
 
 
@@ -99,28 +98,18 @@ def make_train_step(
         [0.05 0.05] 1.0 1
     """
     check_transformation("tx", tx)
-    cycle_axis = parallel_axis(parallel, axis_name)
-
-    def build(accum_steps, microbatch_size):
-        settings = CycleSettings(
-            loss_fn,
-            accum_steps=accum_steps,
-            microbatch_size=microbatch_size,
-            axis_name=cycle_axis,
-            accum_dtype=accum_dtype,
-            model_state_merge=model_state_merge,
-            per_example_keys=per_example_keys,
-        )
-        step = Step(_PlainState(tx), settings, parallel, nonfinite)
-        return jit_step(step, axis_name, donate)
-
-    return step_of_size(
-        build,
+    return build_step(
+        lambda settings: Step(_PlainState(tx), settings, parallel, nonfinite),
+        loss_fn,
         accum_steps=accum_steps,
         microbatch_size=microbatch_size,
         global_batch_size=global_batch_size,
         parallel=parallel,
         axis_name=axis_name,
+        donate=donate,
+        accum_dtype=accum_dtype,
+        model_state_merge=model_state_merge,
+        per_example_keys=per_example_keys,
     )
 
 

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from flax.training.train_state import TrainState
 from jax.typing import DTypeLike
 
-from ._auto_size import step_of_size
+from ._auto_size import build_step
 from ._axes import AxisNames
 from ._checks import name_of_type
-from ._cycle_settings import CycleSettings
 from ._keys import check_key
 from ._linen_per_example import per_example as per_example
 from ._linen_wgrad import float32_wgrad as float32_wgrad
@@ -22,7 +21,7 @@ from ._noise_scale import NoiseScale
 from ._optimizer import add_note_on_dtypes, cast_like
 from ._parallel import DataParallel
 from ._params import OVERWRITTEN
-from ._step import StateKind, Step, jit_step, parallel_axis
+from ._step import StateKind, Step
 
 
 def make_train_step(
@@ -104,27 +103,18 @@ def make_train_step(
     """
     kind = _LinenState(mutable)
     joined = _with_overwritten(loss_fn, has_state=bool(mutable))
-    cycle_axis = parallel_axis(parallel, axis_name)
-
-    def build(accum_steps, microbatch_size):
-        settings = CycleSettings(
-            joined,
-            accum_steps=accum_steps,
-            microbatch_size=microbatch_size,
-            axis_name=cycle_axis,
-            accum_dtype=accum_dtype,
-            model_state_merge=model_state_merge,
-            per_example_keys=per_example_keys,
-        )
-        return jit_step(Step(kind, settings, parallel, nonfinite), axis_name, donate)
-
-    return step_of_size(
-        build,
+    return build_step(
+        lambda settings: Step(kind, settings, parallel, nonfinite),
+        joined,
         accum_steps=accum_steps,
         microbatch_size=microbatch_size,
         global_batch_size=global_batch_size,
         parallel=parallel,
         axis_name=axis_name,
+        donate=donate,
+        accum_dtype=accum_dtype,
+        model_state_merge=model_state_merge,
+        per_example_keys=per_example_keys,
     )
 
 

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ._auto_size import step_of_size
+from ._auto_size import build_step
 from ._axes import AxisNames
 from ._cycle_settings import CycleSettings
 from ._nnx_loss import on_arrays
@@ -16,7 +16,6 @@ from ._nnx_state import as_variables, take_apart
 from ._nnx_step import NnxKind, NnxStep, TrainStep, check_model
 from ._nnx_wgrad import float32_wgrad as float32_wgrad
 from ._parallel import DataParallel
-from ._step import jit_step, parallel_axis
 from ._value_and_grad import CycleOutput
 from ._value_and_grad import value_and_grad as value_and_grad_of_arrays
 
@@ -212,27 +211,17 @@ def make_train_step(
         >>> print(metrics["update"], metrics["weight"], average.count[...])
         1 8 8
     """
-    cycle_axis = parallel_axis(parallel, axis_name)
-
-    def build(accum_steps, microbatch_size):
-        settings = CycleSettings(
-            loss_fn,
-            accum_steps=accum_steps,
-            microbatch_size=microbatch_size,
-            axis_name=cycle_axis,
-            accum_dtype=accum_dtype,
-            model_state_merge=model_state_merge,
-            per_example_keys=per_example_keys,
-        )
-        step = NnxStep(NnxKind(), settings, parallel, nonfinite)
-        return jit_step(step, axis_name, donate)
-
-    jitted = step_of_size(
-        build,
+    jitted = build_step(
+        lambda settings: NnxStep(NnxKind(), settings, parallel, nonfinite),
+        loss_fn,
         accum_steps=accum_steps,
         microbatch_size=microbatch_size,
         global_batch_size=global_batch_size,
         parallel=parallel,
         axis_name=axis_name,
+        donate=donate,
+        accum_dtype=accum_dtype,
+        model_state_merge=model_state_merge,
+        per_example_keys=per_example_keys,
     )
     return TrainStep(jitted, model_state_merge, parallel)
