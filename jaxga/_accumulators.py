@@ -64,6 +64,13 @@ def accumulate_gradients(
     return run([False for _ in in_place])
 
 
+def is_vmapped(inputs: PyTree) -> bool:
+    """Whether they are inside vmap, which has no rule for what is in place."""
+    # JAX does not export the class by which it can be seen.
+    kinds = {type(leaf).__name__ for leaf in jax.tree.leaves(inputs)}
+    return "BatchTracer" in kinds
+
+
 def add_gradients(
     microbatch: Microbatch, index: jax.Array, sums: list[jax.Array], others: PyTree
 ) -> tuple[list[jax.Array], PyTree]:

@@ -51,6 +51,31 @@ def as_rows(batch: PyTree) -> PyTree:
     )
 
 
+def as_arrays(args: PyTree) -> PyTree:
+    """Further arguments: NumPy cannot be indexed by the rows of a traced batch."""
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, args
+    )
+
+
+def check_sizes(
+    accum_steps: int | None, microbatch_size: int | None, per: str
+) -> tuple[int | None, int | None]:
+    """Exactly one of the two, as Python's int: JAX's scalar would be traced.
+
+    `per`: what the micro-batches are parts of, as messages say it.
+    """
+    if (accum_steps is None) == (microbatch_size is None):
+        raise ValueError(
+            f"Give exactly one of accum_steps (micro-batches per {per}) and "
+            f"microbatch_size (rows per micro-batch); got {accum_steps=}, "
+            f"{microbatch_size=}."
+        )
+    if accum_steps is not None:
+        return check_count("accum_steps", accum_steps), None
+    return None, check_count("microbatch_size", microbatch_size)
+
+
 def count_microbatches(
     batch: PyTree, accum_steps: int | None, microbatch_size: int | None
 ) -> int:

@@ -19,6 +19,7 @@ from ._accumulate_state import AccumulateState
 from ._axes import full_of_type
 from ._checks import PyTree
 from ._compensated import after_all_reduce, before_all_reduce, value_of
+from ._merge import is_merge_type
 from ._norms import norm_over_shards
 from ._optimizer import run_transformation
 from ._sums import WeightedSum, divide_gradient, inverse
@@ -64,7 +65,7 @@ class Closing:
 
         def close(inner_state, params):
             sums, mean_value = self._reduce(state)
-            weight = jax.tree.map(lambda x: x.weight, sums, is_leaf=_is_sum)
+            weight = jax.tree.map(lambda x: x.weight, sums, is_leaf=is_merge_type)
             norm = _norm_of_mean(sums)
             good = self._is_good(weight, norm, mean_value)
             new = lax.cond(
@@ -129,10 +130,6 @@ class Closing:
         finite = jnp.isfinite(norm) & jnp.isfinite(mean_value)
         right = jnp.isfinite(weight) & (weight >= 0)
         return finite & right.all() & (weight > 0).any()
-
-
-def _is_sum(node):
-    return isinstance(node, WeightedSum)
 
 
 def _norm_of_mean(sums):

@@ -9,9 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._accumulators import accumulate_gradients, add_gradients
+from ._accumulators import accumulate_gradients, add_gradients, is_vmapped
 from ._axes import axes_in_scope, varying
-from ._batches import as_rows, count_microbatches, count_rows, take_microbatch
+from ._batches import (
+    as_arrays,
+    as_rows,
+    count_microbatches,
+    count_rows,
+    take_microbatch,
+)
 from ._checks import PyTree
 from ._cycle_settings import (
     CycleSettings,
@@ -54,11 +60,7 @@ class Cycle:
         noise_per: str | None = None,
     ):
         self.settings, self.key = settings, key
-        # NumPy cannot be indexed by the rows of a batch that is traced.
-        self.args = jax.tree.map(
-            lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf,
-            args,
-        )
+        self.args = as_arrays(args)
         self.axes = axes_in_scope(settings.axis_name)
         check_key(key, settings.per_example_keys)
         keywords = {"key": key, "model_state": model_state}
@@ -279,13 +281,9 @@ class Cycle:
 
     def _in_place(self):
         """Which gradients to sum in place, for the reasons in `_accumulators`."""
-        # Inside vmap, which has no rule for what is in place. JAX does not export the
-        # class by which it can be seen.
         inputs = self.stage.params, self.rows, self.args, self.state.leaves, self.key
-        leaves = jax.tree.leaves((*inputs, self.num_microbatches))
-        kinds = {type(leaf).__name__ for leaf in leaves}
         holds_one = self.noise.per == "microbatch"  # to measure it before it is added
-        if "BatchTracer" in kinds or holds_one:
+        if holds_one or is_vmapped((*inputs, self.num_microbatches)):
             return [False for _ in self.grad_dtypes]
         dtypes = zip(self.grad_dtypes, self.sum_dtypes, strict=True)
         uses = zip(self.forward.uses(), dtypes, strict=True)

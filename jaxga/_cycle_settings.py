@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._axes import check_axis_name
+from ._batches import check_sizes
 from ._checks import check_count, check_flag, describe
 from ._model_state import check_rule
 from ._params import check_accum_dtype
@@ -30,23 +31,13 @@ class CycleSettings:
     def __post_init__(self):
         if not callable(self.loss_fn):
             raise TypeError(f"loss_fn is {describe(self.loss_fn)}, not a function.")
-        sizes = {name: getattr(self, name) for name in _SIZES}
-        given = [name for name, value in sizes.items() if value is not None]
-        if len(given) != 1:
-            passed = ", ".join(f"{name}={value!r}" for name, value in sizes.items())
-            raise ValueError(
-                "Give exactly one of accum_steps (micro-batches per update) and "
-                f"microbatch_size (rows per micro-batch); got {passed}."
-            )
-        # As Python's int: a JAX scalar would be traced where it is compared.
-        object.__setattr__(self, given[0], check_count(given[0], sizes[given[0]]))
+        sizes = check_sizes(self.accum_steps, self.microbatch_size, "update")
+        object.__setattr__(self, "accum_steps", sizes[0])
+        object.__setattr__(self, "microbatch_size", sizes[1])
         check_flag("per_example_keys", self.per_example_keys)
         object.__setattr__(self, "axis_name", check_axis_name(self.axis_name))
         object.__setattr__(self, "accum_dtype", check_accum_dtype(self.accum_dtype))
         check_rule(self.model_state_merge)
-
-
-_SIZES = ("accum_steps", "microbatch_size")
 
 
 def check_num_microbatches(num, accum_steps):

@@ -12,8 +12,8 @@ from ._accumulate_state import AccumulateState, find_states, holds_accumulator
 from ._checks import PyTree, place
 from ._forward import Forward
 from ._loss import terms_of
+from ._merge import is_merge_type
 from ._optimizer import run_transformation
-from ._sums import WeightedSum
 from ._value_and_grad import CycleOutput
 
 
@@ -61,9 +61,9 @@ class Feeding:
         self, params: PyTree, opt_state: PyTree, grads: PyTree, output: CycleOutput
     ) -> tuple[PyTree, PyTree]:
         """Adds what one step has summed: a `WeightedSum`, or one for each term."""
-        sums = jax.tree.map(lambda x: x.total, grads, is_leaf=_is_sum)
+        sums = jax.tree.map(lambda x: x.total, grads, is_leaf=is_merge_type)
         arguments = {
-            "weight": jax.tree.map(lambda x: x.weight, grads, is_leaf=_is_sum),
+            "weight": jax.tree.map(lambda x: x.weight, grads, is_leaf=is_merge_type),
             "value": output.terms if self.state.terms else output.loss,
         }
         if isinstance(self.tx, Accumulate):
@@ -161,12 +161,8 @@ def check_feeding(loss_scale: Any, noise_scale: Any, nonfinite: str) -> None:
         )
 
 
-def _is_sum(node):
-    return isinstance(node, WeightedSum)
-
-
 def is_finite_everywhere(grads: PyTree, axes: tuple[str, ...]) -> jax.Array:
     """Whether this call's gradient is finite, on all devices of `axes`."""
-    totals = jax.tree.map(lambda x: x.total, grads, is_leaf=_is_sum)
+    totals = jax.tree.map(lambda x: x.total, grads, is_leaf=is_merge_type)
     finite = jnp.isfinite(optax.tree.norm(totals))
     return jax.lax.pmin(finite.astype(jnp.int32), axes) > 0 if axes else finite

@@ -16,8 +16,14 @@ from jax.extend import core
 from jax.typing import DTypeLike
 
 from ._axes import varying, varying_axes
-from ._batches import as_rows, count_microbatches, take_microbatch
-from ._checks import PyTree, check_count, describe, is_key, place
+from ._batches import (
+    as_arrays,
+    as_rows,
+    check_sizes,
+    count_microbatches,
+    take_microbatch,
+)
+from ._checks import PyTree, describe, is_key, place
 from ._keys import check_key, microbatch_key
 from ._microbatch_map_rule import MicrobatchMap
 from ._params import check_accum_dtype, check_params, warn_of_swamping
@@ -101,7 +107,7 @@ def microbatch_map(
     """
     if not callable(fn):
         raise TypeError(f"fn is {describe(fn)}, not a function.")
-    sizes = _check_sizes(accum_steps, microbatch_size)
+    sizes = check_sizes(accum_steps, microbatch_size, "batch")
     accum_dtype = check_accum_dtype(accum_dtype)
 
     def mapped(
@@ -114,11 +120,7 @@ def microbatch_map(
             rows["key"], key = jnp.asarray(key), None
         check_key(key, per_example=False)
         leaves, treedef = check_params(params), jax.tree.structure(params)
-        # NumPy cannot be indexed by the rows of a batch that is traced.
-        args = jax.tree.map(
-            lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf,
-            args,
-        )
+        args = as_arrays(args)
 
         def call(leaves, args, rows, index):
             params, key_of_call = jax.tree.unflatten(treedef, leaves), rows.get("key")
@@ -173,21 +175,6 @@ def _hoist(call, leaves, args, rows, steps):
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return whole, function
-
-
-def _check_sizes(accum_steps, microbatch_size):
-    sizes = {"accum_steps": accum_steps, "microbatch_size": microbatch_size}
-    if (accum_steps is None) == (microbatch_size is None):
-        raise ValueError(
-            "Give exactly one of accum_steps (micro-batches that the batch is cut "
-            f"into) and microbatch_size (rows per micro-batch); got {accum_steps=}, "
-            f"{microbatch_size=}."
-        )
-    # As Python's int: a JAX scalar would be traced where it is compared.
-    return [
-        value if value is None else check_count(name, value)
-        for name, value in sizes.items()
-    ]
 
 
 def _is_key_per_row(key, leaf):

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from ._accumulators import accumulate_gradients
+from ._accumulators import accumulate_gradients, is_vmapped
 from ._batches import take_microbatch
 from ._checks import PyTree
 from ._forward import Forward
@@ -126,10 +126,7 @@ class MicrobatchMap:
 
     def _in_place(self, saved, cotangents):
         whole, rows, wanted = saved
-        # Inside vmap, which has no rule for what is in place. JAX does not export the
-        # class by which it can be seen.
-        leaves = jax.tree.leaves((whole, rows, cotangents))
-        if "BatchTracer" in {type(leaf).__name__ for leaf in leaves}:
+        if is_vmapped((whole, rows, cotangents)):
             return [False for _ in wanted.of_whole]
         return [self.in_place[i] for i in wanted.of_whole]
 
