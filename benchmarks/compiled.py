@@ -1,9 +1,11 @@
-"""What is read off a compiled step: its memory, and what it moves between devices."""
+"""Devices to compile for, and what is read off a compiled step: memory, collectives."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import jaxga
+from jax.experimental import topologies
 
 
 def measure(compiled: Any) -> dict[str, Any]:
@@ -67,3 +69,19 @@ def mark_hidden(text: str) -> str:
         elif _WORK.search(line):
             begun = {name: [start, True] for name, (start, _) in begun.items()}
     return "\n".join(lines)
+
+
+def devices_of(target: Path, count: int) -> list:
+    """GPUs that can be compiled for, and do not exist.
+
+    Args:
+        target: XLA's description of one.
+        count: how many, in one machine.
+    """
+    described = {"target_config": target.read_text(), "topology": f"1x1x{count}"}
+    try:
+        return topologies.get_topology_desc(platform="cuda", **described).devices
+    except NotImplementedError as error:
+        raise SystemExit(
+            "--target needs JAX's CUDA wheels: pip install 'jax[cuda13]'"
+        ) from error

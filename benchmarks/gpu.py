@@ -109,17 +109,14 @@ def ask(args) -> None:
 def _machine(args):
     import gpu_questions
     import jax
+    from compiled import devices_of
     from jax.sharding import SingleDeviceSharding
 
     tiny, sharding = args.size == "tiny", None
     if args.target:
-        from jax.experimental import topologies
-
         # What is compiled for a GPU needs none, and one that is there is left alone.
         jax.config.update("jax_platforms", "cpu")
-        described = {"target_config": args.target.read_text(), "topology": "1x1x1"}
-        topology = topologies.get_topology_desc(platform="cuda", **described)
-        sharding = SingleDeviceSharding(topology.devices[0])
+        sharding = SingleDeviceSharding(devices_of(args.target, 1)[0])
     on_gpu = jax.default_backend() == "gpu" or sharding is not None
     if not on_gpu and not tiny:
         sys.exit(

@@ -15,7 +15,6 @@ without accumulation. A "GSPMD loop" is the usual one, written by hand: a scan t
 up gradients under sharding constraints.
 """
 
-import argparse
 import dataclasses
 import functools
 import re
@@ -28,10 +27,9 @@ import jax.numpy as jnp
 import jaxga
 import numpy as np
 import optax
-from compiled import measure
-from harness import RESULTS, environment, save
+from compiled import devices_of, measure
+from harness import RESULTS, environment, options, save
 from jax import lax
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from large_model import SIZES, Size, param_types, token_losses
 from tables import layouts_table
@@ -210,7 +208,9 @@ def main(argv: list[str] | None = None) -> None:
     # What is compiled for GPUs needs none, and one that is there is left alone.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
-    devices = np.array(devices_of(args.target) if args.target else jax.devices())
+    devices = np.array(
+        devices_of(args.target, NUM_DEVICES) if args.target else jax.devices()
+    )
     kind = f"{NUM_DEVICES} x {devices[0].device_kind}"
     attention = "cudnn" if args.target else "xla"
     size = SIZES[args.size or ("1b" if args.target else "small")]
@@ -252,24 +252,12 @@ def compile_all(setting: Setting, names: list[str]) -> dict[str, Any]:
     }
 
 
-def devices_of(target: Path) -> list:
-    """Devices that can be compiled for, and do not exist."""
-    described = {"target_config": target.read_text(), "topology": f"1x1x{NUM_DEVICES}"}
-    try:
-        return topologies.get_topology_desc(platform="cuda", **described).devices
-    except NotImplementedError as error:
-        raise SystemExit(
-            "--target needs JAX's CUDA wheels: pip install 'jax[cuda13]'"
-        ) from error
-
-
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     add = parser.add_argument
     add("--target", type=Path, help="description of the GPUs; without: the CPU")
     add("--size", choices=SIZES, help="default: 1b with --target, or else small")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
-    add("--output", type=Path, help="the JSON file to write")
     return parser.parse_args(argv)
 
 

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import jaxga
 import numpy as np
 import optax
-from harness import RESULTS, environment, save
-from jax.experimental import topologies
+from compiled import devices_of
+from harness import RESULTS, environment, options, save
 from jax.sharding import AxisType, Mesh
 from large_model import SIZES, Size, param_types, token_losses
 
@@ -297,13 +297,7 @@ def described(target: Path) -> tuple[list, int]:
     text = target.read_text()
     # What is compiled for GPUs needs none, and one that is there is left alone.
     jax.config.update("jax_platforms", "cpu")
-    options = {"target_config": text, "topology": "1x1x8"}
-    try:
-        devices = topologies.get_topology_desc(platform="cuda", **options).devices
-    except NotImplementedError as error:
-        raise SystemExit(
-            "--target needs JAX's CUDA wheels: pip install 'jax[cuda13]'"
-        ) from error
+    devices = devices_of(target, 8)
     memory = int(re.search(r"device_memory_size: (\d+)", text)[1])
     return list(devices), int(FRACTION * memory)
 
@@ -350,12 +344,11 @@ def in_units(count: int | None) -> str:
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     add = parser.add_argument
     add("--target", type=Path, help="description of the GPU; without: what is there")
     add("--size", choices=SIZES, help="default: 1b on a GPU, or else small")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
-    add("--output", type=Path, help="the JSON file to write")
     add("--part", nargs="+", help=argparse.SUPPRESS)  # what a child is to do
     return parser.parse_args(argv)
 

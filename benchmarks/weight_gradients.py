@@ -31,12 +31,12 @@ import jax
 import jax.numpy as jnp
 import jaxga
 import numpy as np
+from compiled import devices_of
 from harness import RESULTS, distance, environment, save, time_in_turns
 from jax import lax
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxga import float32_wgrad_dot_general
 from jaxga._hlo import callees, is_end, read_modules, trip_count
-from jaxga._wgrad import float32_wgrad_dot_general
 
 PyTree = Any
 HALF = jnp.bfloat16
@@ -397,23 +397,11 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def target_device(target: Path) -> Any:
-    """A GPU that can be compiled for, and does not exist."""
-    described = {"target_config": target.read_text(), "topology": "1x1x1"}
-    try:
-        topology = topologies.get_topology_desc(platform="cuda", **described)
-    except NotImplementedError as error:
-        raise SystemExit(
-            "--target needs JAX's CUDA wheels: pip install 'jax[cuda13]'"
-        ) from error
-    return topology.devices[0]
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.target:
         jax.config.update("jax_platforms", "cpu")
-        device = target_device(args.target)
+        device = devices_of(args.target, 1)[0]
     else:
         device = jax.devices()[0]
     result = {"question": __doc__.splitlines()[0], "environment": environment()}
