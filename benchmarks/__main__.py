@@ -38,6 +38,7 @@ class Script:
 SCRIPTS = (
     Script(("cycle.py",)),
     Script(("cycle.py", "--accum-steps", "1", "2", "4", "8", "16", "32", "64")),
+    Script(("cycle.py", "--microbatch-size", "1", "2", "4", "8", "16", "32")),
     Script(("streaming.py",)),
     Script(("precision.py",)),
     Script(("compile_time.py",)),

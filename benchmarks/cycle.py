@@ -1,7 +1,8 @@
 """What does a cycle cost, in memory and time, beside the alternatives?
 
     python benchmarks/cycle.py      # CPU, about two minutes
-    python benchmarks/cycle.py --accum-steps 1 2 4 8 16 32 64      # CPU, likewise
+    python benchmarks/cycle.py --accum-steps 1 2 4 8 16 32 64          # CPU, seven
+    python benchmarks/cycle.py --microbatch-size 1 2 4 8 16 32         # CPU, six
 
 Every contender does the same whole cycle: the gradient of a batch, and one AdamW update
 of a donated state. "full batch" computes the batch at once, at the memory that one
@@ -233,27 +234,35 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     size, given = SIZES[args.size], sizes_given(args)
     given_rows = given.pop("microbatch_size", [size.microbatch_size])
-    is_sweep = len(args.accum_steps) * len(given_rows) > 1
-    if is_sweep:
+    sweep = sweep_of(args.accum_steps, given_rows)
+    if sweep:
         given.setdefault("layers", size.layers // 2)
     size = dataclasses.replace(size, **given)
-    names = args.contenders or (SWEPT if is_sweep else None)
+    names = args.contenders or (SWEPT if sweep else None)
     models = [
         measure(
             dataclasses.replace(size, microbatch_size=rows),
             scanned=model == "scanned",
             accum_steps=accum_steps,
-            rounds=args.rounds or (4 if is_sweep else 15),
+            rounds=args.rounds or (8 if sweep else 15),
             names=names,
         )
         for model in args.models
         for rows in given_rows
         for accum_steps in args.accum_steps
     ]
-    if is_sweep or FULL not in models[0]["contenders"]:
-        publish("cycle_sweep", __doc__, {"models": models}, sweep_table, args.output)
+    if sweep or FULL not in models[0]["contenders"]:
+        name, table = sweep or "cycle_sweep", sweep_table
     else:
-        publish("cycle", __doc__, {"models": models}, cycle_table, args.output)
+        name, table = "cycle", cycle_table
+    publish(name, __doc__, {"models": models}, table, args.output)
+
+
+def sweep_of(accum_steps, rows) -> str | None:
+    """The name of a sweep's results; None if no size has several values."""
+    if len(rows) > 1:
+        return "cycle_tokens"
+    return "cycle_sweep" if len(accum_steps) > 1 else None
 
 
 def parse(argv):

@@ -14,7 +14,6 @@ the limit has kept what it had. `--target` is explained in `layouts.py`.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -86,18 +85,16 @@ def _command(question, args):
 def ask(args) -> None:
     """One question, in this process."""
     import gpu_questions
-    from harness import RESULTS, environment, save
+    from harness import environment, save
 
-    machine, about = _machine(args), environment()
+    machine = _machine(args)
     question = gpu_questions.QUESTIONS[args.question]
-    if machine.sharding is not None:
-        device = next(iter(machine.sharding.device_set))
-        about |= {"device_kind": device.device_kind, "backend": device.platform}
-        slug = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower())
-        folder = RESULTS / f"{slug}-compiled-only"
-        args.output = args.output or folder / f"gpu_{args.question}.json"
-    found = {"question": question.__doc__.splitlines()[0], "environment": about}
-    found["settings"] = []
+    found = {
+        "question": question.__doc__.splitlines()[0],
+        "environment": environment(machine.device),
+        "compiled_only": machine.device is not None,
+        "settings": [],
+    }
     print(_head(found), flush=True)
     for setting in question(machine):
         found["settings"].append(setting)
@@ -110,21 +107,20 @@ def _machine(args):
     import gpu_questions
     import jax
     from compiled import devices_of
-    from jax.sharding import SingleDeviceSharding
 
-    tiny, sharding = args.size == "tiny", None
+    tiny, device = args.size == "tiny", None
     if args.target:
         # What is compiled for a GPU needs none, and one that is there is left alone.
         jax.config.update("jax_platforms", "cpu")
-        sharding = SingleDeviceSharding(devices_of(args.target, 1)[0])
-    on_gpu = jax.default_backend() == "gpu" or sharding is not None
+        (device,) = devices_of(args.target, 1)
+    on_gpu = jax.default_backend() == "gpu" or device is not None
     if not on_gpu and not tiny:
         sys.exit(
             "benchmarks/gpu.py found no GPU: JAX runs on the "
             f"{jax.default_backend()!r} backend. Install jax[cuda13], or try the "
             "script with --size tiny, or compile for a GPU with --target."
         )
-    return gpu_questions.Machine(on_gpu, tiny, args.rounds, sharding)
+    return gpu_questions.Machine(on_gpu, tiny, args.rounds, device)
 
 
 def table(result) -> str:

@@ -26,7 +26,7 @@ from contenders import (
 )
 from cycle import even_rows, sum_of_parts
 from harness import PyTree, check_equal, distance, ratios, time_in_turns
-from jax.sharding import Sharding
+from jax.sharding import SingleDeviceSharding
 
 # Of the gradient, to that in float32. A micro-batch left out of eight is a third.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-1}
@@ -92,7 +92,7 @@ def measure(
     *,
     inexact: Collection[str] = (),
     compiler_options: Mapping[str, dict] | None = None,
-    sharding: Sharding | None = None,
+    device: jax.Device | None = None,
 ) -> dict[str, Any]:
     """Memory, errors and times of whole cycles.
 
@@ -102,10 +102,11 @@ def measure(
         rounds: timed rounds.
         inexact: those whose gradient is compared and may differ.
         compiler_options: by name, for a contender that is compiled in another way.
-        sharding: on a device that need not be there: programs are compiled for it, and
-            nothing runs.
+        device: one that need not be there: programs are compiled for it, and nothing
+            runs.
     """
     options = compiler_options or {}
+    sharding = None if device is None else SingleDeviceSharding(device)
     make = setting.params if sharding is None else lambda: _shapes(setting, sharding)
     params, found, runs = make(), {}, {}
     for name, entrant in (setting.parts() | dict(entrants)).items():

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import jaxga
 from contenders import FULL, Contender, contenders, maxtext_form, plain
 from gpu_measure import Program, Setting, measure
-from jax.sharding import Sharding
 
 JAXGA, BY_HAND, MICROBATCH = (
     "jaxga.make_train_step",
@@ -32,13 +31,13 @@ class Machine:
         on_gpu: whether it is, or is compiled for, a GPU: bfloat16, cuDNN's attention.
         tiny: a model to try the script with.
         rounds: timed rounds.
-        sharding: of a GPU that is not there, to compile for.
+        device: a GPU that is not there, to compile for.
     """
 
     on_gpu: bool
     tiny: bool
     rounds: int
-    sharding: Sharding | None = None
+    device: jax.Device | None = None
 
     def setting(
         self, rows: int, accum_steps: int, *, scanned: bool, large=False, **losses
@@ -53,7 +52,7 @@ class Machine:
         return Setting(size, accum_steps, scanned, computed)
 
     def measure(self, setting, entrants, **rest):
-        return measure(setting, entrants, self.rounds, sharding=self.sharding, **rest)
+        return measure(setting, entrants, self.rounds, device=self.device, **rest)
 
 
 # 1.31 billion parameters.
@@ -108,7 +107,7 @@ def large(machine: Machine) -> Iterator[dict[str, Any]]:
     setting = _large(machine)
     names = (JAXGA, BY_HAND, MICROBATCH)
     found = machine.measure(setting, _of(setting, *names))
-    if machine.on_gpu and machine.sharding is None:
+    if machine.on_gpu and machine.device is None:
         for name in names:
             found["contenders"][name] |= _peak_in_own_process(name, machine)
     yield found

@@ -122,10 +122,14 @@ def check_equal(
     return found
 
 
-def environment() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
+def environment(device: jax.Device | None = None) -> dict[str, Any]:
+    """What a figure depends on besides the code.
+
+    Args:
+        device: what is measured, there or not; by default the first that is there.
+    """
     packages = ("jax", "jaxlib", "optax", "jaxga")
-    device = jax.devices()[0]
+    device = device or jax.devices()[0]
     return {
         "device_kind": device.device_kind,
         "backend": device.platform,
@@ -137,9 +141,15 @@ def environment() -> dict[str, Any]:
 
 
 def save(name: str, result: Mapping[str, Any], path: Path | None = None) -> Path:
-    """Writes a result, by default to `results/<device kind>/<name>.json`."""
-    kind = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower())
-    path = path or RESULTS / kind / f"{name}.json"
+    """Writes a result, by default to `results/<device kind>/<name>.json`.
+
+    What is `compiled_only` has a folder of its own beside that.
+    """
+    kind = result["environment"]["device_kind"].lower()
+    folder = re.sub(r"[^a-z0-9]+", "-", kind)
+    if result.get("compiled_only"):
+        folder += "-compiled-only"
+    path = path or RESULTS / folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(result), indent=2) + "\n")
     return path
@@ -173,6 +183,8 @@ def publish(
     found: Mapping[str, Any],
     table: Callable[[Mapping[str, Any]], str],
     path: Path | None = None,
+    *,
+    device: jax.Device | None = None,
 ) -> None:
     """Saves what a script found, with its question and the machine; prints its table.
 
@@ -182,8 +194,9 @@ def publish(
         found: what it measured.
         table: makes Markdown of the result.
         path: where to write it; by default where `save` does.
+        device: what was measured, as for `environment`.
     """
-    head = {"question": _question(doc), "environment": environment()}
+    head = {"question": _question(doc), "environment": environment(device)}
     path = save(name, head | found, path)
     # As it was saved: a table from the file is this one.
     print(table(json.loads(path.read_text())))

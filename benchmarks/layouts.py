@@ -17,7 +17,6 @@ up gradients under sharding constraints.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import jaxga
 import numpy as np
 import optax
 from compiled import devices_of, measure
-from harness import RESULTS, environment, options, save
+from harness import environment, options, save
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from large_model import SIZES, Size, param_types, token_losses
@@ -225,14 +224,11 @@ def main(argv: list[str] | None = None) -> None:
     ]
     result = {
         "question": __doc__.splitlines()[0],
-        "environment": environment()
-        | {"device_kind": kind, "backend": devices[0].platform},
+        "environment": environment(devices[0]) | {"device_kind": kind},
         "compiled_only": True,
         "models": [compile_all(setting, names) for setting, names in chosen if names],
     }
-    slug = re.sub(r"[^a-z0-9]+", "-", kind.lower())
-    path = args.output or RESULTS / f"{slug}-compiled-only" / "layouts.json"
-    save("layouts", result, path)
+    path = save("layouts", result, args.output)
     print(f"{layouts_table(result)}\n\nwritten to {path}")
 
 

@@ -26,10 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxga
+import markdown
 import numpy as np
 import optax
 from compiled import devices_of
-from harness import RESULTS, environment, options, save
+from harness import environment, options, save
 from jax.sharding import AxisType, Mesh
 from large_model import SIZES, Size, param_types, token_losses
 
@@ -159,11 +160,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(found))
         return
     result = measure(argv)
-    kind = result["environment"]["device_kind"].lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", kind) + "-compiled-only" * bool(args.target)
-    path = args.output or RESULTS / slug / "memory_plan.json"
-    save("memory_plan", result, path)
-    print(f"{memory_plan_table(result)}\n\nwritten to {path}")
+    path = save("memory_plan", result, args.output)
+    print(f"{table(result)}\n\nwritten to {path}")
     if failed := failures(result):
         raise SystemExit("\n".join(failed))
 
@@ -191,14 +189,11 @@ def part(argv: list[str], *which: str) -> Any:
 
 def plan_all(args: argparse.Namespace) -> dict[str, Any]:
     settings = make_settings(args)
-    devices = next(iter(settings.values())).parallel.mesh.devices
-    of_devices = {
-        "device_kind": devices.flat[0].device_kind,
-        "backend": devices.flat[0].platform,
-    }
+    device = next(iter(settings.values())).parallel.mesh.devices.flat[0]
     return {
         "question": __doc__.splitlines()[0],
-        "environment": environment() | of_devices,
+        "environment": environment(device),
+        "compiled_only": args.target is not None,
         "runs": args.target is None and jax.default_backend() == "gpu",
         "tolerance": TOLERANCE,
         "models": {name: compare(name, each) for name, each in settings.items()},
@@ -302,10 +297,10 @@ def described(target: Path) -> tuple[list, int]:
     return list(devices), int(FRACTION * memory)
 
 
-def memory_plan_table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     header = "micro-batch", "accum_steps", "planned", "compiled", "error", "run"
-    parts = []
+    parts = [markdown.setting(result["environment"])]
     for name, model in result["models"].items():
         plan = model["plan"]
         parts.append(
@@ -315,9 +310,8 @@ def memory_plan_table(result: dict[str, Any]) -> str:
             f"{plan['microbatch_size']}, after {model['compiled_by_plan']} "
             f"compilations, {model['plan_seconds']:.0f} s."
         )
-        rows = [header, ("---",) * len(header), *map(table_row, model["sizes"])]
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    return "\n\n".join(parts)
+        parts.append(markdown.table([header, *map(table_row, model["sizes"])]))
+    return markdown.join(parts)
 
 
 def table_row(size: dict[str, Any]) -> tuple[str, ...]:

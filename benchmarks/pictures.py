@@ -48,7 +48,7 @@ CYCLES = {
 def precision(result: Mapping[str, Any]) -> Figure:
     """Error by number of micro-batches, a line for each precision."""
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    counts = _by_count(axes, result["errors"]["float32"])
+    counts = _by_size(axes, "micro-batches", result["errors"]["float32"])
     for name, errors in result["errors"].items():
         color, style = PRECISIONS[name]
         axes.plot(counts, list(errors.values()), style, color=color, label=name)
@@ -58,6 +58,20 @@ def precision(result: Mapping[str, Any]) -> Figure:
 
 
 def cycle_sweep(result: Mapping[str, Any]) -> Figure:
+    """By number of micro-batches."""
+    return _cycles(result, "micro-batches", lambda model: model["accum_steps"])
+
+
+def cycle_tokens(result: Mapping[str, Any]) -> Figure:
+    """By tokens of a micro-batch."""
+
+    def tokens(model):
+        return model["microbatch_size"] * model["length"]
+
+    return _cycles(result, "tokens of a micro-batch", tokens)
+
+
+def _cycles(result, label, size_of):
     """Time of a cycle over that of its parts, layers scanned and unrolled."""
     models = result["models"]
     kinds = list(dict.fromkeys(model["model"] for model in models))
@@ -70,7 +84,8 @@ def cycle_sweep(result: Mapping[str, Any]) -> Figure:
     )
     for kind, axes in zip(kinds, all_axes[0], strict=True):
         of_kind = [model for model in models if model["model"] == kind]
-        _draw_cycles(axes, of_kind)
+        sizes = _by_size(axes, label, [size_of(model) for model in of_kind])
+        _draw_cycles(axes, sizes, of_kind)
         axes.set_title(f"layers {kind}")
     all_axes[0, 0].set_ylim(bottom=0)  # shared: when all are drawn
     all_axes[0, 0].set_ylabel("time of a cycle / that of its parts")
@@ -79,14 +94,13 @@ def cycle_sweep(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw_cycles(axes, models):
-    counts = _by_count(axes, [model["accum_steps"] for model in models])
+def _draw_cycles(axes, sizes, models):
     axes.axhline(1, color="0.6", linewidth=1)
     for name, (color, style) in CYCLES.items():
         found = [model["contenders"].get(name) for model in models]
         if None not in found:
             ratios = [each["time_to_parts"]["median"] for each in found]
-            axes.plot(counts, ratios, style, color=color, label=name)
+            axes.plot(sizes, ratios, style, color=color, label=name)
 
 
 def compile_time(result: Mapping[str, Any]) -> Figure:
@@ -94,7 +108,7 @@ def compile_time(result: Mapping[str, Any]) -> Figure:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     styles = zip((BLUE, BLACK, RED), ("o-", "s--", "s-"), strict=True)
     contenders = result["contenders"]
-    _by_count(axes, max(contenders.values(), key=len))
+    _by_size(axes, "micro-batches", max(contenders.values(), key=len))
     for (name, found), (color, style) in zip(contenders.items(), styles, strict=True):
         seconds = [each["total_seconds"] for each in found.values()]
         axes.plot([int(n) for n in found], seconds, style, color=color, label=name)
@@ -103,20 +117,21 @@ def compile_time(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _by_count(axes: Axes, counts) -> list[int]:
-    """A horizontal axis of numbers of micro-batches."""
-    counts = [int(count) for count in counts]
+def _by_size(axes: Axes, label: str, sizes) -> list[int]:
+    """A horizontal axis that doubles."""
+    sizes = [int(size) for size in sizes]
     axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, [f"{count:,}" for count in counts])
-    axes.set_xlabel("micro-batches")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xlabel(label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
-    return counts
+    return sizes
 
 
 PICTURES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
     "precision": precision,
     "cycle_sweep": cycle_sweep,
+    "cycle_tokens": cycle_tokens,
     "compile_time": compile_time,
 }
 

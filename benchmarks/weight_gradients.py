@@ -17,26 +17,24 @@ those of XLA's cost model, not the fastest of those tried. `layouts.py` says wha
 `--target` takes.
 """
 
-import argparse
-import collections
 import dataclasses
-import json
 import math
-import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxga
+import markdown
 import numpy as np
 from compiled import devices_of
-from harness import RESULTS, distance, environment, save, time_in_turns
+from gpu_program import read
+from harness import distance, options, publish, time_in_turns
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxga import float32_wgrad_dot_general
-from jaxga._hlo import callees, is_end, read_modules, trip_count
 
 PyTree = Any
 HALF = jnp.bfloat16
@@ -207,8 +205,8 @@ def measure_programs(size: Size, scanned: bool, device: Any) -> dict[str, Any]:
         batch_types(size, size.accum_steps * size.rows, sharding),
     )
     found, compiled = {}, {}
-    for name, (form, options) in PROGRAMS.items():
-        run = jax.jit(make_cycle(form, size.accum_steps), compiler_options=options)
+    for name, (form, flags) in PROGRAMS.items():
+        run = jax.jit(make_cycle(form, size.accum_steps), compiler_options=flags)
         compiled[name] = run.lower(*types).compile()
         found[name] = read(compiled[name].as_text(), size) | {
             "temp_bytes": compiled[name].memory_analysis().temp_size_in_bytes
@@ -223,211 +221,75 @@ def measure_programs(size: Size, scanned: bool, device: Any) -> dict[str, Any]:
     return found
 
 
-def read(text: str, size: Size) -> dict[str, Any]:
-    """How the weights' gradients are made, and what moves arrays of their shapes."""
-    (module,) = read_modules(text)
-    reader = _Reader(module.computations, size)
-    reader.visit(module.entry, 1.0)
-    per_parameter = size.parameters * size.accum_steps
-    return {
-        "products": dict(sorted(reader.products.items())),
-        "bytes_per_parameter": reader.bytes / per_parameter,
-    }
-
-
-class _Reader:
-    """Goes through what runs, with the number of times that it does.
-
-    Attributes:
-        products: how often the weights' gradients are made how, in one micro-batch.
-        bytes: of arrays of the weights' shapes, read and written in loops.
-    """
-
-    def __init__(self, computations, size):
-        self.computations, self.size = computations, size
-        self.products, self.bytes = collections.Counter(), 0.0
-
-    def visit(self, name, times, in_loop=False):
-        computation = self.computations[name]
-        for instruction in computation.values():
-            if instruction.opcode == "while":
-                for role, callee in callees(instruction, self.computations):
-                    if role == "body":
-                        inner = times * (trip_count(instruction) or 1)
-                        self.visit(callee, inner, True)
-            elif instruction.opcode in ("call", "conditional", "async-start"):
-                for _, callee in callees(instruction, self.computations):
-                    self.visit(callee, times, in_loop)
-            elif not in_loop or instruction.opcode in _FREE:
-                continue
-            elif not is_end(instruction.opcode):
-                self._count(instruction, computation, times)
-
-    def _count(self, instruction, computation, times):
-        names = re.findall(r"%([\w.\-]+)", instruction.operands)
-        shapes = [computation[name].shape for name in names if name in computation]
-        inner = [instruction, *self._inside(instruction)]
-        opcodes = {each.opcode for each in inner}
-        # Of a stack of layers a slice is read, or only written to, or all is.
-        read = 1 if "dynamic-slice" in opcodes else None
-        written = 1 if "dynamic-update-slice" in opcodes else None
-        read = 0 if written and not read else read
-        moved = [self._weights(shape, read) for shape in shapes]
-        # What begins names its operands again, in front of its result.
-        result = re.sub(r"^\(\(.*?\), ", "", instruction.shape)
-        self.bytes += times * (sum(moved) + self._weights(result, written))
-        if self._makes_gradient(inner):
-            how = _how(inner, opcodes)
-            self.products[how] += round(times / self.size.accum_steps)
-
-    def _inside(self, instruction):
-        """The instructions of what it calls, at any depth."""
-        for _, callee in callees(instruction, self.computations):
-            for each in self.computations[callee].values():
-                yield from (each, *self._inside(each))
-
-    def _weights(self, shape, of_stack):
-        """The bytes of the weights' matrices in a shape; `of_stack`: of how many layers
-        of a stack, or None for all."""
-        total = 0
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape):
-            dims = [int(d) for d in dims.split(",") if d and int(d) > 1]
-            one = self.size.width * self.size.hidden
-            if sorted(dims[-2:]) != sorted((self.size.width, self.size.hidden)):
-                continue
-            matrices = math.prod(dims) // one
-            if matrices > 1 and of_stack is not None:
-                matrices = of_stack
-            total += _BYTES[dtype] * one * matrices
-        return total
-
-    def _makes_gradient(self, inner):
-        """Whether it is a product whose result is a matrix of weights."""
-        return any(
-            self._weights(each.shape, None)
-            for each in inner
-            if each.opcode == "dot" or "__cublas" in each.attributes
-        )
-
-
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
-_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "s8": 1, "u8": 1, "pred": 1}
-
-
-def _how(inner, opcodes):
-    for each in inner:
-        if "__cublas" in each.attributes:
-            beta = re.search(r'"beta":"?([\d.]+)', each.attributes)
-            adds = beta is not None and float(beta[1]) == 1
-            in_place = adds and "output_to_operand_aliasing" in each.attributes
-            dtype = re.search(r"\w+(?=\[)", each.shape)[0]
-            place = f"added {'inside' if adds else 'apart'}"
-            return f"cuBLAS, {dtype}, {place}{', in place' if in_place else ''}"
-    (dtype,) = {
-        re.search(r"\w+(?=\[)", each.shape)[0] for each in inner if each.opcode == "dot"
-    }
-    # An addition in a fused product is that to the sum: there is no other.
-    return f"Triton, {dtype}, added {'inside' if 'add' in opcodes else 'apart'}"
-
-
-def weight_gradients_table(result: dict[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
-    parts = []
-    if errors := result.get("errors"):
-        steps = list(errors["stock"])
-        rows = [
-            (
-                "stock, against float64",
-                *(_error(errors["stock"][n]["float64"]) for n in steps),
-            ),
-            (
-                "float32, against float64",
-                *(_error(errors["float32"][n]["float64"]) for n in steps),
-            ),
-            (
-                "stock, by rounding alone",
-                *(_error(errors["stock"][n]["unrounded"]) for n in steps),
-            ),
-        ]
-        header = ("weights' gradients", *(f"{n} micro-batches" for n in steps))
-        parts.append(_markdown([header, *rows]))
-    for layers, programs in result.get("programs", {}).items():
-        timed = any("seconds" in found for found in programs.values())
-        rows = [_row(name, found, timed) for name, found in programs.items()]
-        header = (
-            f"layers {layers}",
-            "made by",
-            "bytes / parameter and micro-batch",
-            "temporaries",
+    parts = [markdown.setting(result["environment"])]
+    if "errors" in result:
+        parts.append(_errors(result["errors"]))
+    programs = result.get("programs", {})
+    parts += (_programs(f"layers {kind}", found) for kind, found in programs.items())
+    return markdown.join(parts)
+
+
+def _errors(errors):
+    header = ("micro-batches", "stock, by rounding", *(f"{f}, in all" for f in errors))
+    rows = [
+        (
+            steps,
+            f"{errors['stock'][steps]['unrounded']:.1e}",
+            *(f"{found[steps]['float64']:.1e}" for found in errors.values()),
         )
-        parts.append(_markdown([(*header, *(["cycle"] if timed else [])), *rows]))
-    return "\n\n".join(parts)
-
-
-def _row(name, found, timed):
-    products = "; ".join(f"{n} x {how}" for how, n in found["products"].items())
-    cells = [
-        name,
-        products,
-        f"{found['bytes_per_parameter']:.1f}",
-        f"{found['temp_bytes'] / 2**30:.2f} GiB",
+        for steps in errors["stock"]
     ]
-    if timed:
-        cells.append(f"{1e3 * float(np.median(found['seconds'])):.2f} ms")
+    return markdown.table([header, *rows])
+
+
+def _programs(title, programs):
+    header = [title, "gradients made by", "bytes", "temporaries"]
+    if any("seconds" in found for found in programs.values()):
+        header.append("cycle")
+    return markdown.table([header, *(_row(*item) for item in programs.items())])
+
+
+def _row(name, found):
+    products = "; ".join(f"{n} x {how}" for how, n in found["products"].items())
+    moved, temp = found["bytes_per_parameter"], found["temp_bytes"]
+    cells = [name, products, f"{moved:.1f}", f"{temp / 2**30:.2f} GiB"]
+    if "seconds" in found:
+        cells.append(f"{1e3 * statistics.median(found['seconds']):.2f} ms")
     return cells
-
-
-def _error(error):
-    return f"{error:.1e}"
-
-
-def _markdown(rows):
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, "|" + " --- |" * len(rows[0]))
-    return "\n".join(lines)
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--target", type=Path, help="description of a GPU; without: what is here")
-    add("--size", choices=SIZES, help="of the programs; default: large")
-    add("--errors", choices=SIZES, default="small", help="size for the errors")
-    add("--output", type=Path, help="the JSON file to write")
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.target:
+        # What is compiled for a GPU needs none, and one that is there is left alone.
         jax.config.update("jax_platforms", "cpu")
-        device = devices_of(args.target, 1)[0]
+        (device,) = devices_of(args.target, 1)
     else:
         device = jax.devices()[0]
-    result = {"question": __doc__.splitlines()[0], "environment": environment()}
-    path = args.output
-    if args.target:
-        result["compiled_only"] = True
-        result["environment"] |= {
-            "device_kind": device.device_kind,
-            "backend": device.platform,
-        }
-        slug = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower())
-        path = path or RESULTS / f"{slug}-compiled-only" / "weight_gradients.json"
-    else:
+    found = {"compiled_only": args.target is not None}
+    if not args.target:
         size = SIZES[args.errors]
-        result |= {"errors_size": dataclasses.asdict(size)}
-        result["errors"] = measure_errors(size)
+        found |= {"errors_size": dataclasses.asdict(size)}
+        found["errors"] = measure_errors(size)
     if device.platform != "cpu":
-        size = SIZES[args.size or "large"]
-        result |= {"size": dataclasses.asdict(size)}
-        result["programs"] = {
+        size = SIZES[args.size]
+        found |= {"size": dataclasses.asdict(size)}
+        found["programs"] = {
             layers: measure_programs(size, layers == "scanned", device)
             for layers in ("unrolled", "scanned")
         }
-    path = save("weight_gradients", result, path)
-    print(weight_gradients_table(json.loads(path.read_text())))
-    print(f"\nwritten to {path}")
+    publish("weight_gradients", __doc__, found, table, args.output, device=device)
+
+
+def parse(argv):
+    parser = options(__doc__)
+    add = parser.add_argument
+    add("--target", type=Path, help="description of a GPU; without: what is here")
+    add("--size", choices=SIZES, default="large", help="of the programs")
+    add("--errors", choices=SIZES, default="small", help="size for the errors")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

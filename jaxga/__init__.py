@@ -5,13 +5,13 @@ from importlib.metadata import version as _version
 from ._accumulate import accumulate as accumulate
 from ._accumulate_state import has_updated as has_updated
 from ._accumulate_state import state_specs as state_specs
-from ._audit import audit as audit
+from ._audit.audit import audit as audit
 from ._batch_sizes import BatchSizes as BatchSizes
 from ._batches import pad_batch as pad_batch
 from ._collectives import collectives as collectives
 from ._cycles import cycles as cycles
 from ._loss import LossOutput as LossOutput
-from ._memory import plan_memory as plan_memory
+from ._memory.plan_memory import plan_memory as plan_memory
 from ._merge import merge as merge
 from ._metrics import Max as Max
 from ._metrics import Min as Min

@@ -10,9 +10,9 @@ from ._batch_sizes import BatchSizes
 from ._batches import count_rows
 from ._checks import PyTree, check_count
 from ._cycle_settings import CycleSettings
-from ._memory_budget import devices_of, find_budget
-from ._memory_plan import MemoryPlan
-from ._memory_planner import Lowered, Planner
+from ._memory.budget import devices_of, find_budget
+from ._memory.plan import MemoryPlan
+from ._memory.planner import Lowered, Planner
 from ._parallel import DataParallel
 from ._step import Step, jit_step, parallel_axis
 

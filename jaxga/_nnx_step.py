@@ -11,7 +11,7 @@ from flax import nnx
 from ._checks import PyTree, name_of_type, place
 from ._feeding import anywhere
 from ._keys import check_key
-from ._memory_plan import MemoryPlan
+from ._memory.plan import MemoryPlan
 from ._nnx_loss import on_arrays
 from ._nnx_state import Nodes, Parts, as_variables, take_apart
 from ._noise_scale import NoiseScale

@@ -1,8 +1,12 @@
-"""Eight CPU devices, and no silent broadcasting of ranks; before any array exists."""
+"""Eight CPU devices, and no silent broadcasting of ranks, before any array exists."""
 
+import importlib
 import os
+import sys
+from pathlib import Path
 
 import jax
+import pytest
 
 flags = os.environ.get("XLA_FLAGS", "")
 # Most of the tests' time is LLVM's: less of it. The programs that the tests read are
@@ -15,3 +19,14 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 assert jax.device_count() == 8
 os.environ["XLA_FLAGS"] = flags
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script of the benchmarks as Python finds it when it is run."""
+    folder = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    yield importlib.import_module
+    for script in folder.glob("[a-z]*.py"):
+        # Names as short as these must not stand in the way of anyone's.
+        sys.modules.pop(script.stem, None)

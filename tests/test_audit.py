@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 from jax import lax
 from jaxga import audit
-from jaxga._audit_cycles import Settings
-from jaxga._audit_problem import Problem
-from jaxga._audit_study import Study, study_cycles
+from jaxga._audit.cycles import Settings
+from jaxga._audit.problem import Problem
+from jaxga._audit.study import Study, study_cycles
 
 pytestmark = pytest.mark.anywhere
 

@@ -11,9 +11,9 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxga import audit
-from jaxga._audit_problem import Problem
-from jaxga._audit_study import Study
-from jaxga._audit_trainer_study import study_trainer
+from jaxga._audit.problem import Problem
+from jaxga._audit.study import Study
+from jaxga._audit.trainer_study import study_trainer
 from problems import make_mesh
 
 pytestmark = pytest.mark.anywhere

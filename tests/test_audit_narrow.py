@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax import lax
 from jaxga import audit
-from jaxga._audit_cycles import Settings
-from jaxga._audit_problem import Problem
-from jaxga._audit_study import Study, study_cycles
-from jaxga._audit_trainer_study import study_trainer
+from jaxga._audit.cycles import Settings
+from jaxga._audit.problem import Problem
+from jaxga._audit.study import Study, study_cycles
+from jaxga._audit.trainer_study import study_trainer
 from test_audit import random_loss, random_values
 
 pytestmark = pytest.mark.anywhere

@@ -32,16 +32,6 @@ CUT = EXACT | {"loop of means", "optax.MultiSteps"}
 TINY = ("--size", "tiny", "--models", "scanned", "--rounds", "2")
 
 
-@pytest.fixture
-def load(monkeypatch):
-    """Imports a script as Python finds it when it is run."""
-    monkeypatch.syspath_prepend(ROOT)
-    yield importlib.import_module
-    for script in ROOT.glob("[a-z]*.py"):
-        # Names as short as these must not stand in the way of anyone's.
-        sys.modules.pop(script.stem, None)
-
-
 def run_script(folder, script, *options):
     path = folder.mktemp("benchmarks") / "result.json"
     command = [sys.executable, "-W", "error", str(ROOT / script), *options]

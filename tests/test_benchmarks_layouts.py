@@ -1,6 +1,5 @@
 """The benchmark of layouts finds what is in a compiled step."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -41,16 +40,6 @@ backend_config={"known_trip_count":{"n":"18"}}
   ROOT %dot = f32[1024] dot(%all-reduce-done.2, %all-reduce.5)
 }
 """
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Imports a script as Python finds it when it is run."""
-    monkeypatch.syspath_prepend(ROOT)
-    yield importlib.import_module
-    for script in ROOT.glob("[a-z]*.py"):
-        # Names as short as these must not stand in the way of anyone's.
-        sys.modules.pop(script.stem, None)
 
 
 @pytest.fixture(scope="module")

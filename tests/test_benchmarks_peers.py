@@ -20,15 +20,6 @@ ROOT = Path(__file__).parent.parent / "benchmarks"
 JAXGA, MULTISTEPS = "jaxga.make_train_step", "optax.MultiSteps"
 
 
-@pytest.fixture
-def load(monkeypatch):
-    """Imports a script as Python finds it when it is run."""
-    monkeypatch.syspath_prepend(ROOT)
-    yield importlib.import_module
-    for script in ROOT.glob("[a-z]*.py"):
-        sys.modules.pop(script.stem, None)
-
-
 def run(script, path, *options):
     script.main([*options, "--output", str(path)])
     return json.loads(path.read_text())

@@ -8,7 +8,6 @@ tables of what is accepted.
 import collections
 import dataclasses
 import functools
-import re
 
 import flax.core
 import jax
@@ -23,6 +22,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxga import LossOutput, Max, Min, Stack, Sum, WeightedSum
+from refusals import refusals, refused
 
 pytestmark = pytest.mark.anywhere
 
@@ -31,23 +31,6 @@ X = np.arange(12.0, dtype=np.float32).reshape(6, 2)
 BATCH = {"x": X, "y": np.ones(6, np.float32)}
 PARAMS = {"w": np.ones(2, np.float32)}
 ONE = WeightedSum(1.0, 2)
-
-
-def refused(error, *words):
-    """The error, and all of these words in its message."""
-    return pytest.raises(
-        error, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words)
-    )
-
-
-def refusals(table):
-    return pytest.mark.parametrize(
-        "call, error, words",
-        [
-            pytest.param(call, error, words, id=name)
-            for name, (call, error, *words) in table.items()
-        ],
-    )
 
 
 def cases(table):

@@ -17,15 +17,15 @@ ROOT = pathlib.Path(jaxga.__file__).parent
 # A file imports only from files further down.
 LAYERS = [
     ["__init__"],
-    ["_audit"],
-    ["_audit_trainer_study"],
-    ["_audit_study"],
-    ["_audit_causes", "_audit_state", "_audit_trainer"],
-    ["_audit_coupling", "_audit_cycles", "_audit_factors", "_audit_pieces"],
-    ["_audit_compare", "_audit_problem"],
+    ["_audit/audit"],
+    ["_audit/trainer_study"],
+    ["_audit/study"],
+    ["_audit/causes", "_audit/state", "_audit/trainer"],
+    ["_audit/coupling", "_audit/cycles", "_audit/factors", "_audit/pieces"],
+    ["_audit/compare", "_audit/problem"],
     ["checkpointing", "linen", "nnx"],
     ["_nnx_step", "_train_step"],
-    ["_auto_size", "_memory"],
+    ["_auto_size", "_memory/plan_memory"],
     ["_nnx_loss", "_nnx_per_example", "_step"],
     ["_devices", "_feeding", "_nnx_state", "_placed_step", "_record"],
     ["_accumulate"],
@@ -42,18 +42,18 @@ LAYERS = [
     ["_state_merges"],
     ["_batch_norm"],
     ["_metrics", "_forward", "_keys", "_params", "_batches"],
-    ["_lazy", "_memory_planner", "_norms", "_sums"],
+    ["_lazy", "_memory/planner", "_norms", "_sums"],
     [
         "_collectives",
         "_linen_wgrad",
-        "_memory_plan",
+        "_memory/plan",
         "_merge",
         "_nnx_wgrad",
         "_shards",
     ],
     [
         "_agreement",
-        "_audit_widen",
+        "_audit/widen",
         "_axes",
         "_batch_sizes",
         "_data_flow",
@@ -62,16 +62,16 @@ LAYERS = [
         "_hlo",
         "_linen_per_example",
         "_loss_scale",
-        "_memory_budget",
-        "_memory_flops",
-        "_memory_search",
+        "_memory/budget",
+        "_memory/flops",
+        "_memory/search",
         "_optimizer",
         "_position",
         "_unchanged",
         "_uses",
         "_wgrad",
     ],
-    ["_audit_report", "_checks", "_jaxprs"],
+    ["_audit/report", "_checks", "_jaxprs"],
 ]
 
 SUBMODULES = ("checkpointing", "linen", "nnx")
@@ -93,11 +93,18 @@ OF_SUBMODULES = [
 
 def test_imports_point_down():
     level = {name: i for i, names in enumerate(LAYERS) for name in names}
-    assert level.keys() == {path.stem for path in ROOT.glob("*.py")}
-    for path in ROOT.glob("*.py"):
+    files = {name_of(path): path for path in ROOT.rglob("*.py")}
+    assert level.keys() == {name for name in files if not name.endswith("/__init__")}
+    for name, path in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
-                assert level[path.stem] < level[node.module], (path.name, node.module)
+                folder = path.parents[node.level - 1]
+                imported = name_of(folder / node.module.replace(".", "/"))
+                assert level[name] < level[imported], (name, imported)
+
+
+def name_of(path):
+    return path.relative_to(ROOT).with_suffix("").as_posix()
 
 
 def test_import_starts_no_backend_and_loads_neither_flax_nor_orbax():
@@ -144,7 +151,7 @@ def test_public_names_are_documented_with_an_example(name):
 
 
 def test_functions_and_files_stay_small():
-    for path in ROOT.glob("*.py"):
+    for path in ROOT.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 320, path.name
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

@@ -23,7 +23,7 @@ def test_messages_in_the_table_are_in_the_code():
     table = README.split("## Errors")[1].split("## ")[0]
     messages = re.findall(r"^\| `(.*?)` \|", table, re.M)
     assert len(messages) >= 8
-    source = " ".join(p.read_text() for p in sorted((ROOT / "jaxga").glob("*.py")))
+    source = " ".join(p.read_text() for p in sorted((ROOT / "jaxga").rglob("*.py")))
     words = set(re.findall(r"\w+", source))
     for message in messages:
         literal = re.sub(r"'[^']*'|\(.*?\)|\d+|=\S+|\.\.\.|WeightedSum", " ", message)

@@ -26,6 +26,7 @@ from problems import (
     three_terms_mean,
     truth,
 )
+from refusals import refusals, refused
 
 pytestmark = pytest.mark.anywhere
 
@@ -483,9 +484,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_misuse(case):
-    function, kind, words = REFUSED[case]
-    with pytest.raises(kind) as caught:
-        function()
-    assert words in str(caught.value)
+@refusals(REFUSED)
+def test_misuse(call, error, words):
+    with refused(error, *words):
+        call()

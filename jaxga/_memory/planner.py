@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from ._batch_sizes import BatchSizes
-from ._memory_budget import largest_everywhere
-from ._memory_flops import count_flops
-from ._memory_plan import MemoryPlan, MemoryRow, in_words, usable
-from ._memory_search import Search
+from .._batch_sizes import BatchSizes
+from .budget import largest_everywhere
+from .flops import count_flops
+from .plan import MemoryPlan, MemoryRow, in_words, usable
+from .search import Search
 
 # Of the budget, for what no compiled program knows of: see `plan_memory`.
 MARGIN = 0.08

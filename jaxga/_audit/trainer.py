@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ._audit_compare import (
+from .._loss import words_for
+from .compare import (
     Leaves,
     Yardstick,
     add,
@@ -19,11 +20,10 @@ from ._audit_compare import (
     relative_error,
     times,
 )
-from ._audit_factors import Numbers, explain_factor
-from ._audit_pieces import Pieces
-from ._audit_problem import Sums
-from ._audit_report import Cause
-from ._loss import words_for
+from .factors import Numbers, explain_factor
+from .pieces import Pieces
+from .problem import Sums
+from .report import Cause
 
 
 @dataclasses.dataclass(frozen=True)

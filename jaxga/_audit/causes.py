@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 
-from ._audit_compare import Span, Yardstick, add, norm, project, relative_error, times
-from ._audit_coupling import Meeting, find_meeting, places_of
-from ._audit_pieces import Pieces
-from ._audit_problem import Problem, Sums
-from ._audit_report import Cause
-from ._loss import words_for
+from .._loss import words_for
+from .compare import Span, Yardstick, add, norm, project, relative_error, times
+from .coupling import Meeting, find_meeting, places_of
+from .pieces import Pieces
+from .problem import Problem, Sums
+from .report import Cause
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from ._audit_problem import Problem
-from ._checks import PyTree
-from ._value_and_grad import value_and_grad
+from .._checks import PyTree
+from .._value_and_grad import value_and_grad
+from .problem import Problem
 
 AXIS = "data"
 

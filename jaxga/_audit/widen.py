@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from ._jaxprs import count_consts_and_carry
+from .._jaxprs import count_consts_and_carry
 
 
 @dataclasses.dataclass

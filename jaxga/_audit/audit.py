@@ -7,15 +7,15 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from ._audit_cycles import Settings
-from ._audit_problem import Problem
-from ._audit_report import AuditReport, Cause
-from ._audit_study import Study, study_cycles
-from ._audit_trainer_study import study_trainer
-from ._batches import count_rows
-from ._checks import PyTree, check_count, check_flag, describe
-from ._model_state import check_rule
-from ._params import check_accum_dtype
+from .._batches import count_rows
+from .._checks import PyTree, check_count, check_flag, describe
+from .._model_state import check_rule
+from .._params import check_accum_dtype
+from .cycles import Settings
+from .problem import Problem
+from .report import AuditReport, Cause
+from .study import Study, study_cycles
+from .trainer_study import study_trainer
 
 
 def audit(
@@ -210,7 +210,7 @@ def _why_one_device(rows):
     )
 
 
-_HERE = pathlib.Path(__file__).parent
+_PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -218,8 +218,8 @@ def _is_refusal(error: BaseException) -> bool:
     traceback = error.__traceback__
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    path = pathlib.Path(traceback.tb_frame.f_code.co_filename)
-    return path.parent == _HERE and not path.name.startswith("_audit")
+    # In the audit itself, a folder further down, it would be a mistake of ours.
+    return pathlib.Path(traceback.tb_frame.f_code.co_filename).parent == _PACKAGE
 
 
 def _refused(error: BaseException) -> Cause:

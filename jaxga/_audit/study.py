@@ -6,15 +6,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ._audit_causes import Loss, weights_that_do_not_add_up, why_it_does_not_add_up
-from ._audit_compare import WHOLE, Yardstick, along_itself, make_yardstick, norm
-from ._audit_cycles import Settings, run_cycle
-from ._audit_pieces import Pieces, split
-from ._audit_problem import Problem, like
-from ._audit_report import Cause, Entry
-from ._audit_state import why_states_differ
-from ._checks import PyTree
-from ._loss import words_for
+from .._checks import PyTree
+from .._loss import words_for
+from .causes import Loss, weights_that_do_not_add_up, why_it_does_not_add_up
+from .compare import WHOLE, Yardstick, along_itself, make_yardstick, norm
+from .cycles import Settings, run_cycle
+from .pieces import Pieces, split
+from .problem import Problem, like
+from .report import Cause, Entry
+from .state import why_states_differ
 
 # How near two float64 computations of one gradient are (random draws are made in
 # float32), and what of a gradient counts as zero beside the rest of it.

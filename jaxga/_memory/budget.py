@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ._checks import PyTree
+from .._checks import PyTree
 
 
 def find_budget(devices: Iterable[Any], given: int | None) -> int:

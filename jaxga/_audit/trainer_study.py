@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from ._audit_causes import why_it_does_not_add_up
-from ._audit_compare import Leaves, relative_error
-from ._audit_cycles import on_host
-from ._audit_factors import numbers_of
-from ._audit_pieces import split
-from ._audit_report import Cause, Entry
-from ._audit_study import Study
-from ._audit_trainer import Trainer, why_it_differs
-from ._checks import describe, place
+from .._checks import describe, place
+from .causes import why_it_does_not_add_up
+from .compare import Leaves, relative_error
+from .cycles import on_host
+from .factors import numbers_of
+from .pieces import split
+from .report import Cause, Entry
+from .study import Study
+from .trainer import Trainer, why_it_differs
 
 # Up to as many, the gradient is taken apart row by row.
 _MOST_ROWS = 128

@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from ._audit_report import Entry, LeafError
+from .report import Entry, LeafError
 
 Leaves = list[np.ndarray]
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from ._audit_compare import Leaves, add
-from ._audit_problem import Problem, Sums
+from .compare import Leaves, add
+from .problem import Problem, Sums
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from ._audit_problem import Problem
-from ._audit_widen import Widened
+from .problem import Problem
+from .widen import Widened
 
 # Neither, the one, the other, both.
 _SIGNS = np.array([1.0, -1.0, -1.0, 1.0])
@@ -205,7 +205,7 @@ def _user_line(equations) -> tuple[str, str]:
 _LIBRARIES = (
     str(pathlib.Path(jax.__file__).parents[1]),
     str(pathlib.Path(contextlib.__file__).parent),
-    str(pathlib.Path(__file__).parent),
+    str(pathlib.Path(__file__).parents[1]),
     "<",
 )
 

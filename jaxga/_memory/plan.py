@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ._batch_sizes import BatchSizes
+from .._batch_sizes import BatchSizes
 
 
 @dataclasses.dataclass(frozen=True)

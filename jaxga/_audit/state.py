@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from ._audit_cycles import Settings
-from ._audit_problem import Problem
-from ._audit_report import Cause, Entry
-from ._model_state import RULES
+from .._model_state import RULES
+from .cycles import Settings
+from .problem import Problem
+from .report import Cause, Entry
 
 
 def why_states_differ(

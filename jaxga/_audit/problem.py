@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from ._audit_widen import Widened
-from ._batches import as_rows, count_rows
-from ._checks import PyTree, is_key, place
-from ._cycle_settings import check_arguments
-from ._keys import check_key, keys_of_rows, microbatch_key
-from ._loss import read_loss, terms_of
-from ._model_state import check_unchanged
-from ._params import OVERWRITTEN, check_params
+from .._batches import as_rows, count_rows
+from .._checks import PyTree, is_key, place
+from .._cycle_settings import check_arguments
+from .._keys import check_key, keys_of_rows, microbatch_key
+from .._loss import read_loss, terms_of
+from .._model_state import check_unchanged
+from .._params import OVERWRITTEN, check_params
+from .widen import Widened
 
 
 @dataclasses.dataclass(frozen=True)

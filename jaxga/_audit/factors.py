@@ -5,7 +5,7 @@ import fractions
 
 import numpy as np
 
-from ._audit_problem import Problem
+from .problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from ._checks import PyTree, check_array, check_count, describe, place
-from ._memory_budget import devices_of, find_budget
-from ._memory_plan import MemoryPlan
-from ._memory_planner import Lowered, Planner
-from ._parallel import DataParallel
+from .._checks import PyTree, check_array, check_count, describe, place
+from .._parallel import DataParallel
+from .budget import devices_of, find_budget
+from .plan import MemoryPlan
+from .planner import Lowered, Planner
 
 
 def plan_memory(

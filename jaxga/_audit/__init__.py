@@ -1,0 +1,1 @@
+"""Is an accumulated gradient that of the full batch; and where it is not, why?"""

@@ -1,0 +1,1 @@
+"""How large a micro-batch fits into a device's memory?"""
