@@ -15,13 +15,12 @@ float32. All take turns in one process, on as many threads, after a pause: what 
 framework's threads still do at the end of their turn is not counted to the next one's.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
-import random
 import statistics
 import sys
-import time
 
 # PyTorch needs room too: JAX takes what it uses, not three quarters of the GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -32,12 +31,22 @@ import jax.numpy as jnp
 import markdown
 import optax
 from contenders import Loss, contenders, in_parts
-from harness import check_equal, compile_step, options, publish, ratios
+from harness import (
+    check_equal,
+    compile_step,
+    full_precision,
+    options,
+    parse_options,
+    publish,
+    ratios,
+    time_in_turns,
+)
 
 JAXGA = "jaxga.make_train_step"
 # To rounding: of float32, and of products in bfloat16, layer by layer.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-1}
-_PAUSE = 0.05  # seconds
+_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # JAX's names and PyTorch's
+_PAUSE = 0.05  # seconds: threads that have done their work still spin for a while
 
 
 class Jaxga:
@@ -67,6 +76,12 @@ def measure(size: gpt.Size, accum_steps: int, dtype: str, rounds: int) -> dict:
     """Errors and times of all, on one model."""
     import torch_peers
 
+    if torch_peers.device().type != _DEVICES[jax.default_backend()]:
+        sys.exit(
+            f"JAX runs on the {jax.default_backend()!r} backend, PyTorch on "
+            f"{torch_peers.device().type!r}: install both for one of them, or set "
+            "JAX_PLATFORMS=cpu and CUDA_VISIBLE_DEVICES=. Nothing was measured."
+        )
     torch_peers.share_cores(_cores())
     has_cudnn = jax.default_backend() == "gpu" and dtype == "bfloat16"
     loss = Loss(gpt.TokenLosses(dtype, attention="cudnn" if has_cudnn else "xla"))
@@ -84,7 +99,9 @@ def measure(size: gpt.Size, accum_steps: int, dtype: str, rounds: int) -> dict:
             "gradient_error": check_equal(name, got, expected, TOLERANCES[dtype])
         }
         runs[name] = entrant.cycle
-    seconds = in_turns(runs, rounds, torch_peers.wait)
+    seconds = time_in_turns(
+        runs, rounds, wait=lambda _: torch_peers.wait(), pause=_PAUSE
+    )
     tokens = accum_steps * size.microbatch_size * size.length
     return {
         "versions": torch_peers.versions(),
@@ -111,22 +128,6 @@ def _cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
-
-
-def in_turns(runs, rounds, wait) -> dict[str, list[float]]:
-    """As `harness.time_in_turns`, with a pause before each, for two frameworks."""
-    seconds = {name: [] for name in runs}
-    order, shuffle = list(runs), random.Random(0).shuffle
-    for _ in range(rounds + 1):
-        shuffle(order)
-        for name in order:
-            # Threads that have done their work still spin for a while.
-            time.sleep(_PAUSE)
-            start = time.perf_counter()
-            runs[name]()
-            wait()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: times[1:] for name, times in seconds.items()}
 
 
 def table(result) -> str:
@@ -177,7 +178,10 @@ def main(argv: list[str] | None = None) -> None:
             f"benchmarks/against_torch.py needs {' and '.join(absent)}, not installed "
             f"here: pip install {' '.join(absent)}. Nothing was measured."
         )
-    found = measure(gpt.SIZES[args.size], args.accum_steps, args.dtype, args.rounds)
+    # PyTorch multiplies float32 as it is, on a GPU too.
+    exact = full_precision() if args.dtype == "float32" else contextlib.nullcontext()
+    with exact:
+        found = measure(gpt.SIZES[args.size], args.accum_steps, args.dtype, args.rounds)
     publish("against_torch", __doc__, found, table, args.output)
 
 
@@ -189,7 +193,7 @@ def parse(argv):
     parser.add_argument("--size", choices=gpt.SIZES, default=size, help=help)
     parser.add_argument("--dtype", choices=TOLERANCES, default=dtype, help=help)
     parser.add_argument("--accum-steps", type=int, default=8)
-    return parser.parse_args(argv)
+    return parse_options(parser, argv, "size", "dtype", "accum_steps")
 
 
 if __name__ == "__main__":

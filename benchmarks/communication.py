@@ -22,7 +22,14 @@ import numpy as np
 import optax
 from compiled import measure as measure_compiled
 from contenders import Loss, cut
-from harness import PyTree, check_equal, options, publish, tree_bytes
+from harness import (
+    PyTree,
+    check_equal,
+    options,
+    parse_options,
+    publish,
+    tree_bytes,
+)
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformer import SIZES, make_batch, make_params
@@ -187,12 +194,16 @@ def _moved(groups, kind, gradient):
     return "; ".join(parts)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv):
     parser = options(__doc__)
     add = parser.add_argument
     add("--steps", nargs="+", choices=STEPS, default=list(STEPS), metavar="NAME")
     add("--devices", nargs="+", type=int, default=list(DEVICES))
-    args = parser.parse_args(argv)
+    return parse_options(parser, argv, "steps", "devices")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     # Whatever the machine has: the counts are those of any devices.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(args.devices))

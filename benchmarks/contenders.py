@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import jaxga
 import optax
+from harness import full_precision
 from jax import lax
 from transformer import token_losses
 
-FULL, FLOOR, UPDATE = "full batch", "one micro-batch", "update alone"
+FULL, PLAIN = "full batch", "plain step"
+# What a cycle is made of.
+GRADIENT, UPDATE = "gradient of a micro-batch", "update alone"
 # Each micro-batch's mean weighs alike in these, however many tokens it holds.
 MEAN_OF_MEANS = ("loop of means", "optax.MultiSteps")
 
@@ -39,7 +42,6 @@ class Loss:
 
 
 _SMALL = Loss()
-mean_loss = _SMALL.mean
 
 # Loss and gradient of a batch, in the ways to be compared.
 
@@ -133,7 +135,7 @@ def in_parts(loss: Loss, params, batch, number: int):
 
     For a batch that is too large to be computed at once.
     """
-    with jax.default_matmul_precision("highest"):
+    with full_precision():
         grad_fn = jax.jit(jax.grad(loss.sum_and_weight, has_aux=True))
         parts = cut(batch, number)
         sums = jax.tree.map(jnp.zeros_like, params)
@@ -141,7 +143,7 @@ def in_parts(loss: Loss, params, batch, number: int):
             grads, _ = grad_fn(params, jax.tree.map(lambda x, i=i: x[i], parts))
             sums = jax.tree.map(jnp.add, sums, grads)
     weight = batch["mask"].sum()
-    return jax.device_get(jax.tree.map(lambda total: total / weight, sums))
+    return jax.tree.map(lambda total: total / weight, sums)
 
 
 def cut(batch, accum_steps):
@@ -267,6 +269,12 @@ def keep_gradient() -> optax.GradientTransformation:
     return optax.GradientTransformation(
         zeros, lambda grads, state, params=None: (zeros(grads), grads)
     )
+
+
+def gradient_alone(loss: Loss = _SMALL) -> Contender:
+    """Forward and backward pass: the parameters stay."""
+    gradient = full_batch(loss)
+    return Contender(lambda tx: lambda state, batch: (state, gradient(state[0], batch)))
 
 
 def update_alone() -> Contender:

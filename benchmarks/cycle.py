@@ -6,9 +6,10 @@
 
 Every contender does the same whole cycle: the gradient of a batch, and one AdamW update
 of a donated state. "full batch" computes the batch at once, at the memory that one
-wants to save. "one micro-batch" is a step on a micro-batch only: the memory without
-accumulation. "update alone" is given a gradient. The others cut the batch into
-micro-batches; `optax.MultiSteps` and `jaxga.accumulate` are called once for each.
+wants to save. The others cut it into micro-batches; `optax.MultiSteps` and
+`jaxga.accumulate` are called once for each. "plain step" is a step on one micro-batch:
+the memory without accumulation. What a cycle is made of is timed by itself: "gradient
+of a micro-batch" is a forward and backward pass, "update alone" is given a gradient.
 
 All gradients are compared before anything is timed: on rows of unequal length, where a
 mean of means is not the mean, and on rows of one length, where all must agree. What is
@@ -24,12 +25,16 @@ import jax.numpy as jnp
 import markdown
 import optax
 from contenders import (
-    FLOOR,
     FULL,
+    GRADIENT,
     MEAN_OF_MEANS,
+    PLAIN,
     UPDATE,
+    Loss,
     contenders,
     full_batch,
+    gradient_alone,
+    in_parts,
     keep_gradient,
     plain,
     update_alone,
@@ -39,7 +44,9 @@ from harness import (
     check_equal,
     compile_step,
     distance,
+    full_precision,
     options,
+    parse_options,
     publish,
     ratios,
     time_in_turns,
@@ -59,14 +66,16 @@ SWEPT = (
 )
 
 
-def check_gradients(entrants, params, batch, *, even=None) -> dict[str, dict]:
+def check_gradients(entrants, params, batch, *, even=None, parts=1) -> dict[str, dict]:
     """How far every gradient is from the full batch's, in cycles as they are timed.
 
     Args:
-        entrants: the contenders by name, the full batch among them.
+        entrants: the contenders by name. Without the full batch among them, which may
+            not fit, its gradient is summed from `parts` of it.
         params: the parameters.
         batch: rows of unequal length.
         even: rows of one length. Without it nobody may take a mean of means.
+        parts: as above.
 
     Returns:
         By name `gradient_error`, and with `even` also `even_gradient_error`.
@@ -77,7 +86,10 @@ def check_gradients(entrants, params, batch, *, even=None) -> dict[str, dict]:
     batches = {"gradient_error": batch}
     if even is not None:
         batches["even_gradient_error"] = even
-    expected = gradients_of(entrants[FULL], params, batches)
+    if FULL in entrants:
+        expected = gradients_of(entrants[FULL], params, batches)
+    else:
+        expected = {k: in_parts(Loss(), params, b, parts) for k, b in batches.items()}
     errors = {}
     for name, entrant in entrants.items():
         if name == FULL:
@@ -100,8 +112,7 @@ def gradients_of(entrant, params, batches) -> dict:
     found = {}
     for key, batch in batches.items():
         state = entrant.make_state(copy(params), tx)
-        # A GPU's default rounds factors to 11 bits: another cut is another rounding.
-        with jax.default_matmul_precision("highest"):
+        with full_precision():
             for data in entrant.data(batch):
                 state, *_ = step(state, data)
         found[key] = jax.device_get(entrant.read_opt_state(state))
@@ -129,14 +140,19 @@ def measure(
     even = even_rows(batch)
     entrants = contenders(accum_steps, size.microbatch_size)
     names = set(entrants if names is None else names)
-    checked = {name: entrants[name] for name in entrants if name in {FULL, *names}}
-    errors = check_gradients(checked, params, batch, even=even)
-
     entrants = {name: entrants[name] for name in entrants if name in names}
+    errors = check_gradients(entrants, params, batch, even=even, parts=accum_steps)
+
     inputs = {name: entrant.data(even) for name, entrant in entrants.items()}
-    inputs[FLOOR] = [even_rows(make_batch(size, size.microbatch_size))]
+    inputs[PLAIN] = inputs[GRADIENT] = [
+        even_rows(make_batch(size, size.microbatch_size))
+    ]
     inputs[UPDATE] = [jax.tree.map(jnp.ones_like, params)]
-    entrants |= {FLOOR: plain(full_batch()), UPDATE: update_alone()}
+    entrants |= {
+        PLAIN: plain(full_batch()),
+        GRADIENT: gradient_alone(),
+        UPDATE: update_alone(),
+    }
     runs, found = {}, {}
     # What is short is run as often as a cycle does: the same noise, then, for all.
     repeats = {name: 1 if name in names else accum_steps for name in entrants}
@@ -191,9 +207,9 @@ def prepare(entrant, params, data, repeats) -> tuple[Callable, dict]:
 
 
 def sum_of_parts(seconds, accum_steps) -> list[float]:
-    """In every round, what micro-batches and an update must take: no loop, no sums."""
-    pairs = zip(seconds[FLOOR], seconds[UPDATE], strict=True)
-    return [accum_steps * (step - update) + update for step, update in pairs]
+    """In every round, what gradients and an update take: no loop, no sums."""
+    pairs = zip(seconds[GRADIENT], seconds[UPDATE], strict=True)
+    return [accum_steps * gradient + update for gradient, update in pairs]
 
 
 def sweep_table(result) -> str:
@@ -209,7 +225,7 @@ def sweep_table(result) -> str:
             f"{size['parameters'] / 1e6:.1f} M parameters; {size['rounds']} rounds. "
             "Time / parts: median (least to greatest)."
         )
-        header = ("micro-batches", "tokens in each", "one micro-batch", *names)
+        header = ("micro-batches", "tokens in each", "gradient of one", *names)
         parts.append(markdown.table([header, *rows]))
     return markdown.join(parts)
 
@@ -220,7 +236,7 @@ def _sweep_row(model, names):
         return f"{ratio['median']:.3f} ({markdown.spread(ratio)})"
 
     tokens = model["microbatch_size"] * model["length"]
-    seconds = model["contenders"][FLOOR]["median_seconds"]
+    seconds = model["contenders"][GRADIENT]["median_seconds"]
     first = (str(model["accum_steps"]), f"{tokens:,}", f"{1e3 * seconds:.3g} ms")
     return *first, *map(cell, names)
 
@@ -278,7 +294,8 @@ def parse(argv):
         several = {"nargs": "+"} if field.name == "microbatch_size" else {}
         option = f"--{field.name.replace('_', '-')}"
         add(option, type=int, help="instead of --size's", **several)
-    return parser.parse_args(argv)
+    partial = ("size", "models", "contenders", "layers", "width", "length", "vocab")
+    return parse_options(parser, argv, *partial)
 
 
 def sizes_given(args):

@@ -1,6 +1,6 @@
 """What do the examples find that the README of the library tells of?
 
-    python benchmarks/examples.py                       # about eight minutes
+    python benchmarks/examples.py                       # CPU, about ten minutes
     python benchmarks/examples.py --only byte_lm        # the others stay as they are
     python benchmarks/examples.py --only experts --output /tmp/found.json -- --steps 9
 

@@ -23,7 +23,9 @@ from harness import (
     PyTree,
     add_size,
     check_equal,
+    full_precision,
     options,
+    parse_options,
     publish,
     ratios,
     time_in_turns,
@@ -138,12 +140,15 @@ def check_updates(
         state, _ = prepare(extra, params, batch, tx)[0]()
         return jax.device_get(jax.tree.map(jnp.subtract, params, state.params))
 
-    plain = update(extras[NONE])
-    return {
-        name: check_equal(name, update(extra), plain, 1e-6) if extra.is_same else None
-        for name, extra in extras.items()
-        if name != NONE
-    }
+    with full_precision():
+        plain = update(extras[NONE])
+        return {
+            name: check_equal(name, update(extra), plain, 1e-6)
+            if extra.is_same
+            else None
+            for name, extra in extras.items()
+            if name != NONE
+        }
 
 
 def measure(extras: Mapping[str, Extra], size: Size, rounds: int) -> dict[str, Any]:
@@ -213,14 +218,18 @@ def chosen(names: Collection[str]) -> dict[str, Extra]:
     return {name: extra for name, extra in EXTRAS.items() if name in asked}
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv):
     parser = options(__doc__, rounds=15)
     add_size(parser, SIZES)
     names = [name for name in EXTRAS if name != NONE]
     parser.add_argument(
         "--extras", nargs="+", choices=names, default=names, metavar="NAME"
     )
-    args = parser.parse_args(argv)
+    return parse_options(parser, argv, "size", "extras")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     found = measure(chosen(args.extras), SIZES[args.size], args.rounds)
     publish("extras", __doc__, found, table, args.output)
 

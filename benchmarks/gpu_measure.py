@@ -5,8 +5,8 @@ its times are taken.
 """
 
 import dataclasses
+import math
 import statistics
-import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,17 +15,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from contenders import (
-    FLOOR,
+    GRADIENT,
+    PLAIN,
     UPDATE,
     Contender,
     Loss,
     full_batch,
+    gradient_alone,
     in_parts,
     plain,
     update_alone,
 )
 from cycle import even_rows, sum_of_parts
-from harness import PyTree, check_equal, distance, ratios, time_in_turns
+from harness import PyTree, check_equal, ratios, time_in_turns
 from jax.sharding import SingleDeviceSharding
 
 # Of the gradient, to that in float32. A micro-batch left out of eight is a third.
@@ -66,7 +68,7 @@ class Setting:
 
     def parts(self) -> dict[str, Contender]:
         """What a cycle consists of: its ideal is made of their times."""
-        return {FLOOR: plain(full_batch(self.loss)), UPDATE: update_alone()}
+        return {GRADIENT: gradient_alone(self.loss), UPDATE: update_alone()}
 
     @property
     def loss(self) -> Loss:
@@ -106,75 +108,84 @@ def measure(
             runs.
     """
     options = compiler_options or {}
-    sharding = None if device is None else SingleDeviceSharding(device)
-    make = setting.params if sharding is None else lambda: _shapes(setting, sharding)
-    params, found, runs = make(), {}, {}
-    for name, entrant in (setting.parts() | dict(entrants)).items():
-        program = Program(setting, name, entrant, params, sharding)
-        found[name] = program.compile(options.get(name))
-        if sharding is None:
-            runs[name] = program
-    described = setting.describe() | {"rounds": rounds, "compiled_only": not runs}
-    if runs:
-        expected = setting.float32_gradient(params)
-        for name in entrants:
-            error = check(setting, name, runs[name], expected, name in inexact)
-            found[name]["gradient_error"] = error
+    parts, runs = setting.parts(), {}
+    memory = {PLAIN: Program(setting, PLAIN, plain(full_batch(setting.loss)))}
+    for name, entrant in (parts | dict(entrants)).items():
+        runs[name] = memory[name] = Program(setting, name, entrant, options.get(name))
+    found = {name: program.compile(device) for name, program in memory.items()}
+    is_here = device is None
+    if is_here:
+        add_errors(found, setting, runs, inexact)
         add_times(found, runs, rounds, setting.accum_steps)
+    described = setting.describe() | {"rounds": rounds, "compiled_only": not is_here}
     return described | {"contenders": found}
 
 
-def check(setting, name, program, expected, inexact) -> float:
-    """How far the gradient of a program's first cycle is from that in float32."""
-    jax.block_until_ready(program.cycle())
-    gradient = program.last_gradient()
-    if inexact:
-        return distance(gradient, expected)
-    return check_equal(name, gradient, expected, TOLERANCES[setting.losses.dtype])
+def add_errors(found, setting, runs, inexact) -> None:
+    """How far the gradient of each first cycle is from that in float32."""
+    params = setting.params()
+    expected = setting.float32_gradient(params)
+    tolerance = TOLERANCES[setting.losses.dtype]
+    for name, program in runs.items():
+        program.start(params)
+        if name in (GRADIENT, UPDATE):
+            continue
+        jax.block_until_ready(program.cycle())
+        bound = math.inf if name in inexact else tolerance
+        found[name]["gradient_error"] = check_equal(
+            name, program.last_gradient(), expected, bound, distance=distance_here
+        )
+
+
+@jax.jit
+def distance_here(actual: PyTree, expected: PyTree) -> jax.Array:
+    """As `harness.distance`, without moving a large gradient to the host."""
+
+    def norm(tree):
+        return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
+
+    return norm(jax.tree.map(jnp.subtract, actual, expected)) / norm(expected)
 
 
 def add_times(found, runs, rounds, accum_steps) -> None:
-    repeats = {n: accum_steps if n in (FLOOR, UPDATE) else 1 for n in runs}
+    repeats = {n: accum_steps if n in (GRADIENT, UPDATE) else 1 for n in runs}
     calls = {n: (lambda n=n: runs[n].cycles(repeats[n])) for n in runs}
     seconds = time_in_turns(calls, rounds, repeats)
     parts = sum_of_parts(seconds, accum_steps)
     for name, times in seconds.items():
         found[name]["median_seconds"] = statistics.median(times)
-        if name not in (FLOOR, UPDATE):
+        if name not in (GRADIENT, UPDATE):
             found[name]["time_to_parts"] = ratios(times, parts)
 
 
 class Program:
     """A contender's step, compiled, with a state of its own."""
 
-    def __init__(self, setting, name, entrant, params, sharding):
-        self._entrant, self._setting = entrant, setting
-        self._tx = optax.adamw(1e-4)
-        if sharding is None:
-            self._data, self._state = self._made(name, params)
-        else:
-            made = jax.eval_shape(lambda p: self._made(name, p), params)
-            self._data, self._state = _placed(made, sharding)
+    def __init__(self, setting, name, entrant, options=None):
+        self._entrant, self._setting, self._options = entrant, setting, options
+        self._name, self._tx = name, optax.adamw(1e-4)
 
-    def _made(self, name, params):
-        if name == UPDATE:
-            data = [jax.tree.map(jnp.ones_like, params)]
-        else:
-            microbatches = 1 if name == FLOOR else self._setting.accum_steps
-            data = self._entrant.data(self._setting.batch(microbatches))
-        return data, self._fresh(params)
-
-    def _fresh(self, params):
-        # Its state is donated.
-        return self._entrant.make_state(jax.tree.map(jnp.copy, params), self._tx)
-
-    def compile(self, options: dict | None) -> dict[str, Any]:
+    def compile(self, device: jax.Device | None = None) -> dict[str, float]:
+        """Compiles for a device, there or not; its memory."""
+        data, state = jax.eval_shape(lambda: self._make(self._setting.params()))
+        if device is not None:
+            data, state = _placed((data, state), SingleDeviceSharding(device))
         step = self._entrant.make_step(self._tx)
-        jitted = jax.jit(step, donate_argnums=0, compiler_options=options)
-        start = time.perf_counter()
-        self._step = jitted.lower(self._state, self._data[0]).compile()
-        seconds = time.perf_counter() - start
-        return {"compile_seconds": seconds, **memory_of(self._step, self._setting)}
+        jitted = jax.jit(step, donate_argnums=0, compiler_options=self._options)
+        self._step = jitted.lower(state, data[0]).compile()
+        return memory_of(self._step, self._setting)
+
+    def start(self, params: PyTree) -> None:
+        """Gives it data and a state."""
+        self._data, self._state = self._make(params)
+
+    def _make(self, params):
+        state = self._entrant.make_state(jax.tree.map(jnp.copy, params), self._tx)
+        if self._name == UPDATE:
+            return [jax.tree.map(jnp.ones_like, params)], state
+        is_one = self._name in (PLAIN, GRADIENT)
+        rows = self._setting.batch(1 if is_one else self._setting.accum_steps)
+        return self._entrant.data(rows), state
 
     def cycle(self):
         for each in self._data:
@@ -189,7 +200,7 @@ class Program:
     def last_gradient(self) -> PyTree:
         """The gradient of the very first update, read off AdamW's first moment."""
         moment = optax.tree.get(self._entrant.read_opt_state(self._state), "mu")
-        return jax.device_get(jax.tree.map(lambda mu: mu / (1 - _DECAY), moment))
+        return jax.tree.map(lambda mu: mu / (1 - _DECAY), moment)
 
 
 def memory_of(compiled, setting) -> dict[str, float]:
@@ -203,10 +214,6 @@ def memory_of(compiled, setting) -> dict[str, float]:
         "temp_gradients": temp / gradient,
         "predicted_peak_bytes": kept - memory.alias_size_in_bytes + temp,
     }
-
-
-def _shapes(setting, sharding):
-    return _placed(jax.eval_shape(setting.params), sharding)
 
 
 def _placed(tree, sharding):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,16 +101,21 @@ def fusion(machine: Machine) -> Iterator[dict[str, Any]]:
 
 
 def large(machine: Machine) -> Iterator[dict[str, Any]]:
-    """Carried or in place at a larger size; and is the predicted peak the real one?
+    """Are sums carried, or added to in place, at a larger size?
 
-    jaxga adds each layer's gradient in place, the others carry a second buffer.
+    jaxga adds each layer's gradient in place; a scan carries a second buffer.
     """
     setting = _large(machine)
-    names = (JAXGA, BY_HAND, MICROBATCH)
-    found = machine.measure(setting, _of(setting, *names))
-    if machine.on_gpu and machine.device is None:
-        for name in names:
-            found["contenders"][name] |= _peak_in_own_process(name, machine)
+    yield machine.measure(setting, _of(setting, JAXGA, BY_HAND))
+
+
+def peaks(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Is the predicted peak the real one?"""
+    found = _large(machine).describe() | {"rounds": 0, "compiled_only": False}
+    found["contenders"] = {
+        name: _peak_in_own_process(name, machine)
+        for name in (JAXGA, BY_HAND, MICROBATCH)
+    }
     yield found
 
 
@@ -121,42 +127,46 @@ def traced(machine: Machine) -> Iterator[dict[str, Any]]:
         lambda tx: _traced_step(setting, tx),
         jaxga.TrainState.create,
         lambda state: state.opt_state,
+        accum_steps=setting.accum_steps,
     )
     yield machine.measure(setting, entrants)
 
 
 @dataclasses.dataclass(frozen=True)
 class Traced(Contender):
-    """Given the number of micro-batches beside the batch."""
+    """Given the number of micro-batches, `accum_steps`, beside the batch."""
+
+    accum_steps: int = 1
 
     def data(self, batch):
-        return [(batch, jnp.int32(8))]
+        return [(batch, jnp.int32(self.accum_steps))]
 
 
-QUESTIONS = {each.__name__: each for each in (cycle, peers, fusion, large, traced)}
+QUESTIONS = {
+    each.__name__: each for each in (cycle, peers, fusion, large, peaks, traced)
+}
 
 
-def peak(name: str, machine: Machine) -> dict[str, int | None]:
-    """The most that this process has held, before and after two cycles of one step."""
+def peak(name: str, machine: Machine) -> dict[str, Any]:
+    """A step's memory, and the most that this process has held in two cycles of it."""
     setting = _large(machine)
-    entrant = _of(setting, name)[name]
-    program = Program(setting, name, entrant, setting.params(), None)
-    program.compile(None)
+    program = Program(setting, name, _of(setting, name)[name])
+    found = program.compile()
+    program.start(setting.params())
     before = _peak_so_far()
     jax.block_until_ready(program.cycles(2))
-    return {"before": before, "peak": _peak_so_far()}
+    measured = _peak_so_far()
+    # What went before, compiling not the least, may have held more than the step.
+    return found | {"measured_peak_bytes": measured if measured > before else None}
 
 
 def _peak_in_own_process(name, machine):
     """In a process of its own: a peak is that of everything a process has done."""
     script = str(Path(__file__).with_name("gpu.py"))
-    command = [sys.executable, script, "--peak", name]
+    command = [sys.executable, script, "--peak", name, "--output", os.devnull]
     command += ["--size", "tiny"] if machine.tiny else []
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found = json.loads(out.splitlines()[-1])
-    # What went before, compiling not the least, may have held more than the step.
-    is_known = found["peak"] > found["before"]
-    return {"measured_peak_bytes": found["peak"] if is_known else None}
+    return json.loads(out.splitlines()[-1])
 
 
 def _peak_so_far():

@@ -47,7 +47,10 @@ def compile_step(
 def time_in_turns(
     runs: Mapping[str, Callable[[], PyTree]],
     rounds: int,
-    repeats: Mapping[str, int],
+    repeats: Mapping[str, int] | None = None,
+    *,
+    wait: Callable[[PyTree], Any] = jax.block_until_ready,
+    pause: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of every run in every round: all take a turn, then all take another.
 
@@ -57,9 +60,12 @@ def time_in_turns(
     Args:
         runs: by name, what to time.
         rounds: how many times.
-        repeats: by name, how many steps one call of a run makes; the seconds are those
-            of one step.
+        repeats: by name, how many steps one call of a run makes, by default one; the
+            seconds are those of one step.
+        wait: what is done with a run's result before the clock is stopped.
+        pause: seconds before every turn, for threads that still spin after theirs.
     """
+    repeats = repeats or dict.fromkeys(runs, 1)
     seconds = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     for _ in range(rounds + 1):
@@ -67,8 +73,9 @@ def time_in_turns(
         # them.
         shuffle(order)
         for name in order:
+            time.sleep(pause)
             start = time.perf_counter()
-            jax.block_until_ready(runs[name]())
+            wait(runs[name]())
             seconds[name].append((time.perf_counter() - start) / repeats[name])
     return {name: times[1:] for name, times in seconds.items()}
 
@@ -106,20 +113,33 @@ def distance(actual: PyTree, expected: PyTree) -> float:
 
 
 def check_equal(
-    name: str, actual: PyTree, expected: PyTree, tolerance: float = 1e-5
+    name: str,
+    actual: PyTree,
+    expected: PyTree,
+    tolerance: float = 1e-5,
+    *,
+    distance: Callable[[PyTree, PyTree], Any] = distance,
 ) -> float:
     """The distance of two trees. What is not equal is not worth timing.
 
     Raises:
         ValueError: it is more than `tolerance`, or NaN, or there is nothing to compare.
     """
-    found = distance(actual, expected)
+    found = float(distance(actual, expected))
     if not found <= tolerance:  # NaN compares false
         raise ValueError(
             f"The answer of {name!r} is {found:.1e} away from the one it is compared "
             f"with, more than {tolerance:.0e}: it is not timed."
         )
     return found
+
+
+def full_precision():
+    """A context in which a GPU multiplies float32 as it is.
+
+    By default it rounds factors to 11 bits: another cut is another rounding.
+    """
+    return jax.default_matmul_precision("highest")
 
 
 def environment(device: jax.Device | None = None) -> dict[str, Any]:
@@ -133,7 +153,9 @@ def environment(device: jax.Device | None = None) -> dict[str, Any]:
     return {
         "device_kind": device.device_kind,
         "backend": device.platform,
+        "processor": _processor(),
         "cpu_count": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
         "commit": _commit(),
@@ -168,6 +190,24 @@ def options(doc: str, *, rounds: int | None = None) -> argparse.ArgumentParser:
         parser.add_argument("--rounds", type=int, default=rounds, help=help)
     parser.add_argument("--output", type=Path, help="the JSON file to write")
     return parser
+
+
+def parse_options(
+    parser: argparse.ArgumentParser, argv: list[str] | None, *partial: str
+) -> argparse.Namespace:
+    """The options given, refused where they would spoil the results that are kept.
+
+    Args:
+        parser: of a script.
+        argv: its arguments; None for those of the process.
+        partial: the options of which only the defaults belong into the kept results.
+    """
+    args = parser.parse_args(argv)
+    for name in partial:
+        if args.output is None and getattr(args, name) != parser.get_default(name):
+            option = "--" + name.replace("_", "-")
+            parser.error(f"{option} needs --output: the kept results are the defaults'")
+    return args
 
 
 def add_size(parser: argparse.ArgumentParser, sizes: Mapping[str, Any]) -> None:
@@ -207,6 +247,14 @@ def _question(doc):
     return doc.splitlines()[0]
 
 
+def _processor():
+    """The processor's name, where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    told = path.read_text() if path.exists() else ""
+    name = re.search(r"model name\s*: (.*)", told)
+    return name[1] if name else platform.processor()
+
+
 def _commit():
     """The commit that was measured; outside a git checkout, what the script is told."""
 
@@ -218,7 +266,8 @@ def _commit():
         ).strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "jaxga")
+        measured = ("jaxga", "benchmarks/*.py", "examples")
+        changed = git("status", "--porcelain", "--", *measured)
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("BENCHMARK_COMMIT")

@@ -27,7 +27,7 @@ import jaxga
 import numpy as np
 import optax
 from compiled import devices_of, measure
-from harness import environment, options, save
+from harness import environment, options, parse_options, save
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from large_model import SIZES, Size, param_types, token_losses
@@ -254,7 +254,7 @@ def parse(argv):
     add("--target", type=Path, help="description of the GPUs; without: the CPU")
     add("--size", choices=SIZES, help="default: 1b with --target, or else small")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
-    return parser.parse_args(argv)
+    return parse_options(parser, argv, "size", "layouts")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import markdown
 import numpy as np
 import optax
 from compiled import devices_of
-from harness import environment, options, save
+from harness import environment, options, parse_options, save
 from jax.sharding import AxisType, Mesh
 from large_model import SIZES, Size, param_types, token_losses
 
@@ -344,7 +344,7 @@ def parse(argv):
     add("--size", choices=SIZES, help="default: 1b on a GPU, or else small")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     add("--part", nargs="+", help=argparse.SUPPRESS)  # what a child is to do
-    return parser.parse_args(argv)
+    return parse_options(parser, argv, "size", "models")
 
 
 if __name__ == "__main__":

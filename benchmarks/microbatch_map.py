@@ -23,7 +23,9 @@ from harness import (
     add_size,
     check_equal,
     compile_step,
+    full_precision,
     options,
+    parse_options,
     publish,
     ratios,
     time_in_turns,
@@ -52,7 +54,7 @@ class Size:
 SIZES = {
     "tiny": Size(layers=2, width=16, length=8, microbatch_size=4),
     "small": Size(layers=8, width=128, length=32, microbatch_size=8),
-    "large": Size(layers=16, width=2048, length=256, microbatch_size=16),
+    "large": Size(layers=16, width=2048, length=256, microbatch_size=8),
 }
 FEATURES = 32
 FULL, MAP, BY_HAND = "full batch", "jaxga.microbatch_map", "checkpoint in lax.map"
@@ -127,6 +129,17 @@ def gradient(encode: Callable) -> Callable:
     return jax.grad(loss)
 
 
+def check_gradients(encoders, params, views) -> dict[str, float]:
+    """How far the gradients are from the full batch's, in full precision."""
+    with full_precision():
+        found = {
+            name: jax.device_get(jax.jit(gradient(encoders[name]))(params, views))
+            for name in (FULL, MAP, BY_HAND)
+        }
+    expected = found.pop(FULL)
+    return {name: check_equal(name, got, expected) for name, got in found.items()}
+
+
 def measure(size: Size, *, scanned: bool, accum_steps: int, rounds: int) -> dict:
     """Memory and time of all contenders on one encoder."""
     rows = accum_steps * size.microbatch_size
@@ -143,11 +156,7 @@ def measure(size: Size, *, scanned: bool, accum_steps: int, rounds: int) -> dict
         steps[name], known[name] = compile_step(
             gradient(encoder), params, inputs[name], donate_argnums=()
         )
-    expected = jax.device_get(steps[FULL](params, views))
-    errors = {
-        name: check_equal(name, steps[name](params, views), expected)
-        for name in (MAP, BY_HAND)
-    }
+    errors = check_gradients(encoders, params, views)
     # What is short is run as often as there are micro-batches: the same noise for all.
     repeats = {name: accum_steps if name == FLOOR else 1 for name in steps}
 
@@ -219,13 +228,17 @@ def _shapes(model):
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv):
     parser = options(__doc__, rounds=15)
     add_size(parser, SIZES)
     models = ("scanned", "unrolled")
     parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--accum-steps", type=int, default=8)
-    args = parser.parse_args(argv)
+    return parse_options(parser, argv, "size", "models", "accum_steps")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     found = [
         measure(
             SIZES[args.size],

@@ -21,7 +21,14 @@ import jaxga
 import markdown
 import numpy as np
 import optax
-from harness import PyTree, distance, options, publish
+from harness import (
+    PyTree,
+    distance,
+    full_precision,
+    options,
+    parse_options,
+    publish,
+)
 from jax import lax
 from transformer import SIZES, make_batch, make_params
 
@@ -190,7 +197,7 @@ def table(result: Mapping[str, Any]) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv):
     parser = options(__doc__)
     parser.add_argument(
         "--accum-steps",
@@ -203,11 +210,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--precisions", nargs="+", choices=names, default=names, metavar="NAME"
     )
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv, "accum_steps", "precisions")
     check_counts(parser, args.accum_steps)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     # Sums in bfloat16 are what jaxga warns of, and what is to be seen here.
     warnings.filterwarnings("ignore", message="accum_dtype=bfloat16")
-    found = measure(args.accum_steps, args.precisions)
+    with full_precision():
+        found = measure(args.accum_steps, args.precisions)
     check_bounds(found["errors"])
     publish("precision", __doc__, found, table, args.output)
 

@@ -32,6 +32,7 @@ from harness import (
     check_equal,
     compile_step,
     options,
+    parse_options,
     publish,
     ratios,
     time_in_turns,
@@ -284,10 +285,14 @@ def _shapes(result):
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv):
     parser = options(__doc__, rounds=15)
     add_size(parser, SIZES)
-    args = parser.parse_args(argv)
+    return parse_options(parser, argv, "size")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     found = measure(SIZES[args.size], args.rounds)
     publish("streaming", __doc__, found, table, args.output)
 

@@ -39,7 +39,7 @@ def _cycle(result: Result) -> Rows:
     for model in result["models"]:
         contenders, steps = model["contenders"], model["accum_steps"]
         jaxga, others = _split(contenders, _CYCLE_PEERS)
-        plain, gradient = contenders["one micro-batch"], model["gradient_bytes"]
+        plain, gradient = contenders["plain step"], model["gradient_bytes"]
 
         def beyond(found, plain=plain["total_bytes"], gradient=gradient):
             return f"{(found['total_bytes'] - plain) / gradient:.2f}"
@@ -48,7 +48,7 @@ def _cycle(result: Result) -> Rows:
             return _ratio(found["time_to_parts"])
 
         what = f"cycle of {steps}, layers {model['model']}"
-        times = f"{what}: time, over {steps} micro-batches and an update"
+        times = f"{what}: time, over {steps} gradients and an update"
         memory = f"{what}: memory beyond a plain step's, in gradients"
         yield times, time(jaxga), _each(others, time)
         yield memory, beyond(jaxga), _each(others, beyond)
@@ -59,18 +59,27 @@ _CYCLE_PEERS = ("hand-written scan", "optax.microbatch", "optax.MultiSteps")
 
 def _streaming(result: Result) -> Rows:
     contenders = result["contenders"]
-    step, multisteps = contenders["jaxga step"], contenders["optax.MultiSteps"]
-    floor = contenders["bare add + AdamW"]
+    names = {"jaxga step": "`tx.step`", "jaxga update": "`update` and `apply_updates`"}
+    floor, multisteps = contenders["bare add + AdamW"], contenders["optax.MultiSteps"]
+
+    def both(show):
+        return "; ".join(f"{word} {show(contenders[n])}" for n, word in names.items())
+
+    def call(found):
+        return f"{found['mid_call_ms']:.3g} ms"
+
+    def cycle(found):
+        return _ratio(found["time_to_floor"])
+
     yield (
         "call in mid-cycle, the optimizer's side",
-        f"{step['mid_call_ms']:.3g} ms",
-        f"a bare addition {floor['mid_call_ms']:.3g} ms; "
-        f"optax.MultiSteps {multisteps['mid_call_ms']:.3g} ms",
+        both(call),
+        f"a bare addition {call(floor)}; optax.MultiSteps {call(multisteps)}",
     )
     yield (
         f"cycle of {result['accum_steps']} calls, over bare additions and an AdamW",
-        _ratio(step["time_to_floor"]),
-        f"optax.MultiSteps {_ratio(multisteps['time_to_floor'])}",
+        both(cycle),
+        f"optax.MultiSteps {cycle(multisteps)}",
     )
 
 
@@ -109,18 +118,24 @@ def _compile_time(result: Result) -> Rows:
 def _communication(result: Result) -> Rows:
     most = list(result["steps"]["zero=0"])[-1]
 
-    def moved(name):
-        groups = result["steps"][name][most]
-        size = sum(group["bytes_per_update"] for group in groups)
+    def sent(name):
+        size = _sent(result["steps"][name][most], int(most))
         return f"{size / result['gradient_bytes']:.2f}"
 
     loops = [name for name in result["steps"] if name.startswith("loop")]
     yield (
-        f"gradients moved per update of {result['accum_steps']} micro-batches on "
-        f"{most} devices",
-        f"{moved('zero=0')}; `zero=1` {moved('zero=1')}",
-        "; ".join(f"{name} {moved(name)}" for name in loops),
+        f"sent by each of {most} devices per update of {result['accum_steps']} "
+        "micro-batches, in float32 gradients",
+        "; ".join(f"`zero={stage}` {sent(f'zero={stage}')}" for stage in range(4)),
+        "; ".join(f"{name} {sent(name)}" for name in loops),
     )
+
+
+def _sent(groups, devices):
+    """Bytes that leave a device in an update, in a ring of all devices."""
+    shares = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+    sizes = (shares[g["kind"]] * g["bytes_per_update"] for g in groups)
+    return sum(sizes) * (devices - 1) / devices
 
 
 def _extras(result: Result) -> Rows:
@@ -148,14 +163,25 @@ def _layouts(result: Result) -> Rows:
     def temporaries(found):
         return f"{found['temp_bytes'] / 2**30:.2f} GiB"
 
+    def sent(found):
+        groups = found["collectives"]
+        size = _sent(groups, _LAYOUT_DEVICES) / 2**30
+        hidden = sum(group["hidden_bytes_per_update"] for group in groups)
+        hidden /= sum(group["bytes_per_update"] for group in groups)
+        return f"{size:.1f} GiB ({hidden:.0%})"
+
+    what = f"{model['parameters'] / 1e9:.2g} billion parameters, `zero=3`"
+    each = "of each device (compiled, not run)"
+    yield f"{what}: temporaries {each}", temporaries(jaxga), _each(others, temporaries)
     yield (
-        f"{model['parameters'] / 1e9:.2g} billion parameters, `zero=3`: temporaries of "
-        "each device (compiled, not run)",
-        temporaries(jaxga),
-        _each(others, temporaries),
+        f"{what}: sent by each device in an update, and how much of it behind matrix "
+        "products (compiled, not run)",
+        sent(jaxga),
+        _each(others, sent),
     )
 
 
+_LAYOUT_DEVICES = 8
 _LAYOUT_PEERS = ("GSPMD loop, FSDP", "GSPMD loop, FSDP, activations constrained")
 
 
@@ -185,6 +211,29 @@ def _microbatch_map(result: Result) -> Rows:
         )
 
 
+def _gpu(result: Result) -> Rows:
+    for setting in result["settings"]:
+        jaxga, others = _split(setting["contenders"], _CYCLE_PEERS)
+        steps, tokens = setting["accum_steps"], setting["tokens"]
+        what = (
+            f"{setting['parameters'] / 1e6:,.0f} M parameters, layers "
+            f"{setting['model']}, cycle of {steps} x {tokens:,} tokens"
+        )
+        if not setting["compiled_only"]:
+            yield (
+                f"{what}: time, over {steps} gradients and an update",
+                _ratio(jaxga["time_to_parts"]),
+                _each(others, lambda found: _ratio(found["time_to_parts"])),
+            )
+        if others:
+            not_run = " (compiled, not run)" if setting["compiled_only"] else ""
+            yield (
+                f"{what}: temporaries, in gradients{not_run}",
+                f"{jaxga['temp_gradients']:.2f}",
+                _each(others, lambda found: f"{found['temp_gradients']:.2f}"),
+            )
+
+
 HEADLINES: dict[str, Callable[[Result], Rows]] = {
     "cycle": _cycle,
     "streaming": _streaming,
@@ -194,6 +243,9 @@ HEADLINES: dict[str, Callable[[Result], Rows]] = {
     "against_torch": _against_torch,
     "microbatch_map": _microbatch_map,
     "extras": _extras,
+    "gpu_cycle": _gpu,
+    "gpu_peers": _gpu,
+    "gpu_large": _gpu,
     "layouts": _layouts,
 }
 
@@ -210,7 +262,8 @@ def example_parts(name: str, found: Sequence[Result]) -> list[str]:
 
 
 def _byte_lm(found: Result) -> Iterator[str]:
-    yield f"It prints, at the end ({_where(found)}):"
+    minutes = found["seconds"] / 60
+    yield f"It prints, after {minutes:.0f} minutes ({_where(found)}):"
     table = found["printed"][-1 - len(found["runs"]) :]  # with its header
     yield "\n".join(("```", *table, "```"))
 
@@ -338,4 +391,5 @@ def _each(others, show):
 
 
 def _ratio(ratio):
-    return f"{ratio['median']:.3f}"
+    """The median, and the least and the greatest: a figure without them says little."""
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"

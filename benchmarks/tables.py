@@ -110,7 +110,7 @@ def _memory_row(model, peers):
         name: found["total_bytes"] / model["gradient_bytes"]
         for name, found in model["contenders"].items()
     }
-    plain = total["one micro-batch"]
+    plain = total["plain step"]
     tokens = model["microbatch_size"] * model["length"]
     setting = (model["model"], f"{model['accum_steps']}", f"{tokens:,}")
     beyond = (f"{total[name] - plain:+.2f}" for name in peers)

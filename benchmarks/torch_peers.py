@@ -92,7 +92,7 @@ class Peer:
         dtype: str,
         wrap: Callable = lambda model: model,
     ):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device()
         self.bare = GPT(params, getattr(torch, dtype)).to(self.device)
         self.model = wrap(self.bare)
         self.optimizer = torch.optim.AdamW(
@@ -173,6 +173,11 @@ def peers(
         COMPILED: lambda: Peer(*given, torch.compile),
         ACCELERATE: lambda: AcceleratePeer(*given),
     }
+
+
+def device() -> torch.device:
+    """Where PyTorch runs."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def share_cores(number: int) -> None:

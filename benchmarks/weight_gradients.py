@@ -31,13 +31,21 @@ import markdown
 import numpy as np
 from compiled import devices_of
 from gpu_program import read
-from harness import distance, options, publish, time_in_turns
+from harness import (
+    check_equal,
+    distance,
+    options,
+    parse_options,
+    publish,
+    time_in_turns,
+)
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxga import float32_wgrad_dot_general
 
 PyTree = Any
 HALF = jnp.bfloat16
+TOLERANCE = 1e-2  # of a gradient, to that with products rounded to bfloat16
 ERROR_STEPS = (1, 4, 16, 64)
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 
@@ -197,7 +205,9 @@ PROGRAMS = {
 }
 
 
-def measure_programs(size: Size, scanned: bool, device: Any) -> dict[str, Any]:
+def measure_programs(
+    size: Size, scanned: bool, device: jax.Device, rounds: int
+) -> dict[str, Any]:
     """Compiles the programs, reads them, and times them where the device is here."""
     sharding = NamedSharding(Mesh(np.array([device]), ("data",)), PartitionSpec())
     types = (
@@ -214,9 +224,11 @@ def measure_programs(size: Size, scanned: bool, device: Any) -> dict[str, Any]:
         print(f"{'scanned' if scanned else 'unrolled'}, {name}: compiled", flush=True)
     if device in jax.devices():
         args = make(types[0], 0), make(types[1], 1)
+        expected = compiled["stock"](*args)
         runs = {name: lambda run=run: run(*args) for name, run in compiled.items()}
-        seconds = time_in_turns(runs, 10, dict.fromkeys(runs, 1))
-        for name, times in seconds.items():
+        for name, run in runs.items():
+            check_equal(name, run(), expected, TOLERANCE)
+        for name, times in time_in_turns(runs, rounds).items():
             found[name]["seconds"] = times
     return found
 
@@ -277,19 +289,19 @@ def main(argv: list[str] | None = None) -> None:
         size = SIZES[args.size]
         found |= {"size": dataclasses.asdict(size)}
         found["programs"] = {
-            layers: measure_programs(size, layers == "scanned", device)
+            layers: measure_programs(size, layers == "scanned", device, args.rounds)
             for layers in ("unrolled", "scanned")
         }
     publish("weight_gradients", __doc__, found, table, args.output, device=device)
 
 
 def parse(argv):
-    parser = options(__doc__)
+    parser = options(__doc__, rounds=10)
     add = parser.add_argument
     add("--target", type=Path, help="description of a GPU; without: what is here")
     add("--size", choices=SIZES, default="large", help="of the programs")
     add("--errors", choices=SIZES, default="small", help="size for the errors")
-    return parser.parse_args(argv)
+    return parse_options(parser, argv, "size", "errors")
 
 
 if __name__ == "__main__":

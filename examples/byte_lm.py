@@ -1,6 +1,6 @@
 """Train a byte-level GPT on Python's standard library, three times from one start.
 
-    python examples/byte_lm.py                 # two CPU cores: about three minutes
+    python examples/byte_lm.py                 # two CPU cores: some minutes
     python examples/byte_lm.py --devices 8     # without GPUs: 8 simulated devices
     python examples/byte_lm.py --size medium --batch 256 --steps 1000    # for a GPU
 

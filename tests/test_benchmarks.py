@@ -28,6 +28,7 @@ EXACT = {
     "MaxText's form",
     "optax.microbatch",
 }
+PARTS = {"plain step", "gradient of a micro-batch", "update alone"}
 CUT = EXACT | {"loop of means", "optax.MultiSteps"}
 TINY = ("--size", "tiny", "--models", "scanned", "--rounds", "2")
 
@@ -113,8 +114,8 @@ def test_a_script_says_what_it_ran_on(script, request):
     result = request.getfixturevalue(script)
     assert {"question", "environment"} < result.keys()
     versions = {"python", "jax", "jaxlib", "optax", "jaxga"}
-    others = {"device_kind", "backend", "cpu_count", "commit"}
-    assert versions | others == result["environment"].keys()
+    machine = {"device_kind", "backend", "processor", "cpu_count", "xla_flags"}
+    assert versions | machine | {"commit"} == result["environment"].keys()
     assert result["environment"]["jax"] == jax.__version__
 
 
@@ -123,7 +124,7 @@ def test_cycle_measures_all_contenders(result):
     (model,) = result["models"]
     assert (model["model"], model["rounds"], model["accum_steps"]) == ("scanned", 2, 8)
     found = model["contenders"]
-    assert found.keys() == CUT | {"full batch", "one micro-batch", "update alone"}
+    assert found.keys() == CUT | {"full batch", *PARTS}
     for contender in found.values():
         ratio = contender["time_to_full_batch"]
         assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
@@ -222,7 +223,7 @@ def test_a_mean_of_means_is_found_out(load):
     def mean_of_means(params, batch):
         first = jax.tree.map(lambda leaf: leaf[:2], batch)
         second = jax.tree.map(lambda leaf: leaf[2:], batch)
-        losses = (to_compare.mean_loss(params, half) for half in (first, second))
+        losses = (to_compare.Loss().mean(params, half) for half in (first, second))
         return sum(losses) / 2
 
     entrants = {
@@ -478,7 +479,7 @@ def runner(monkeypatch):
     return module
 
 
-def test_all_scripts_are_run(runner):
+def test_all_scripts_are_run(runner, load):
     scripts = {script.arguments[0] for script in runner.SCRIPTS}
     runs = {
         path.name
@@ -488,6 +489,7 @@ def test_all_scripts_are_run(runner):
     # That one compiles for GPUs that a file describes.
     assert scripts == runs - {"layouts.py"}
     assert runner.SCRIPTS[-1].arguments == ("tables.py",)
+    assert set(runner.GPU_ONLY) == set(load("gpu_questions").QUESTIONS)
 
 
 def test_what_a_machine_lacks_is_said_and_the_others_run(

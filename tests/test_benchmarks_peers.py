@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.anywhere
 
 ROOT = Path(__file__).parent.parent / "benchmarks"
 JAXGA, MULTISTEPS = "jaxga.make_train_step", "optax.MultiSteps"
+PARTS = {"plain step", "gradient of a micro-batch", "update alone"}
 
 
 def run(script, path, *options):
@@ -33,9 +35,8 @@ def tiny_problem(load, rows):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ("loop of means", MULTISTEPS))
-def test_a_mean_of_means_agrees_on_rows_of_one_length_only(load, name):
-    cycle, to_compare = load("cycle"), load("contenders")
+def test_a_mean_of_means_agrees_on_rows_of_one_length_only(load):
+    cycle, to_compare, name = load("cycle"), load("contenders"), "loop of means"
     params, batch = tiny_problem(load, 4)
     entrants = to_compare.contenders(2, 2)
     entrants = {each: entrants[each] for each in (to_compare.FULL, name)}
@@ -78,23 +79,15 @@ def test_maxtexts_sums_in_bfloat16_are_that_far_off(load):
 
 @pytest.mark.long
 def test_a_sweep_measures_every_number_of_microbatches(load, tmp_path):
-    options = (
-        "--size",
-        "tiny",
-        "--layers",
-        "1",
-        "--models",
-        "unrolled",
-        "--rounds",
-        "1",
-    )
+    options = ("--size", "tiny", "--layers", "1", "--models", "unrolled")
+    options += ("--rounds", "1")
     names = ("--contenders", JAXGA, MULTISTEPS)
     steps = ("--accum-steps", "1", "3")
     result = run(load("cycle"), tmp_path / "sweep.json", *options, *names, *steps)
     assert [model["accum_steps"] for model in result["models"]] == [1, 3]
     for model in result["models"]:
         found = model["contenders"]
-        assert found.keys() == {JAXGA, MULTISTEPS, "one micro-batch", "update alone"}
+        assert found.keys() == {JAXGA, MULTISTEPS, *PARTS}
         for name in (JAXGA, MULTISTEPS):
             # Of one round of a tiny model: any number, as long as it is one.
             assert np.isfinite(found[name]["time_to_parts"]["median"])
@@ -122,7 +115,7 @@ def test_a_question_that_fails_leaves_the_others_to_run(gpu, monkeypatch, capfd)
     assert gpu.run_all(settings(gpu, "cycle", "peers", "fusion")) == 1
     out, err = capfd.readouterr()
     assert "cycle ran" in out and "fusion ran" in out
-    assert "peers: failed with status 3" in err and "Failed: peers." in err
+    assert "peers: failed with status 3" in err and "--questions peers\n" in err
     assert gpu.run_all(settings(gpu, "cycle", "fusion")) == 0
 
 
@@ -136,12 +129,49 @@ def test_what_has_no_time_left_is_named(gpu, monkeypatch, capfd):
     assert gpu.run_all(settings(gpu, "cycle", "peers", limit=0.5)) == 2
     err = capfd.readouterr().err
     assert "cycle: stopped" in err and "peers: left out" in err
+    assert "to ask again, --questions cycle peers" in err
+
+
+def test_what_is_stopped_leaves_no_process_behind(gpu, monkeypatch, tmp_path):
+    note = tmp_path / "alive"
+    child = f"import time; time.sleep(2); open({str(note)!r}, 'w')"
+    parent = (
+        "import subprocess, sys, time; "
+        f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    )
+    monkeypatch.setattr(gpu, "_LEAST", 0.1)
+    monkeypatch.setattr(gpu, "_command", lambda *_: [sys.executable, "-c", parent])
+    assert gpu.run_all(settings(gpu, "cycle", limit=1.0)) == 1
+    time.sleep(2.5)
+    assert not note.exists()
 
 
 def test_every_question_of_the_gpu_is_asked(load, gpu):
     asked = set(load("gpu_questions").QUESTIONS) | set(gpu._SCRIPTS)
     assert asked == set(gpu._ORDER)
-    assert all((ROOT / f"{script}.py").exists() for script in gpu._SCRIPTS)
+    for name in gpu._SCRIPTS:
+        # Each takes the options that it is given.
+        args = SimpleNamespace(size="tiny", target=None, rounds=1, output=Path("x"))
+        command = gpu._command(name, args)
+        assert load(name).parse(command[2:]).output == Path("x") / f"{name}.json"
+
+
+def test_what_is_not_installed_is_no_failure(gpu, monkeypatch, capfd):
+    monkeypatch.setitem(gpu._NEEDS, "against_torch", ("jax", "no_such_package"))
+    assert gpu.run_all(settings(gpu, "against_torch")) == 0
+    assert "against_torch: skipped, no_such_package not" in capfd.readouterr().out
+
+
+def test_what_is_tried_spoils_no_kept_result(load, capsys):
+    for name, *options in (
+        ("gpu", "--size", "tiny"),
+        ("cycle", "--contenders", JAXGA),
+        ("extras", "--extras", "four metrics"),
+    ):
+        with pytest.raises(SystemExit):
+            load(name).parse(options)
+        assert f"{options[0]} needs --output" in capsys.readouterr().err
+    assert load("cycle").parse(["--accum-steps", "1", "2"]).accum_steps == [1, 2]
 
 
 @pytest.mark.long
@@ -151,12 +181,24 @@ def test_a_question_runs_and_is_kept(gpu, tmp_path):
     (found,) = result["settings"]
     contenders = found["contenders"]
     names = {JAXGA, "num_microbatches traced"}
-    assert contenders.keys() == names | {"one micro-batch", "update alone"}
+    assert contenders.keys() == names | PARTS
     for name in names:
         assert np.isfinite(contenders[name]["time_to_parts"]["median"])
         assert contenders[name]["gradient_error"] < 1e-5
         assert contenders[name]["predicted_peak_bytes"] > 3 * found["gradient_bytes"]
     assert result["question"].startswith("What does a number of micro-batches cost")
+    assert result["complete"] and "Cut off" not in gpu.table(result)
+    assert "Cut off" in gpu.table(result | {"complete": False})
+
+
+@pytest.mark.long
+def test_a_peak_is_that_of_a_process_of_its_own(gpu, tmp_path):
+    options = ("--size", "tiny", "--question", "peaks")
+    (found,) = run(gpu, tmp_path / "peaks.json", *options)["settings"]
+    assert len(found["contenders"]) == 3
+    for each in found["contenders"].values():
+        assert each["predicted_peak_bytes"] > 3 * found["gradient_bytes"]
+        assert each["measured_peak_bytes"] is None  # a CPU does not tell
 
 
 @pytest.mark.long
