@@ -266,7 +266,7 @@ def _commit():
         ).strip()
 
     try:
-        measured = ("jaxga", "benchmarks/*.py", "examples")
+        measured = ("jaxga", "benchmarks/*.py", "examples/*.py")
         changed = git("status", "--porcelain", "--", *measured)
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
