@@ -5,8 +5,8 @@
 
 A network of residual blocks computes in bfloat16 with float32 parameters, its layers
 unrolled or scanned. "stock" casts the weights and multiplies; "float32" is
-`jaxga.float32_wgrad_dot_general`; "cast once" is the same with weights cast before the
-loop over the micro-batches; the "compiler option" leaves matrix products to cuBLAS.
+`jaxga.float32_wgrad_dot_general`; with "cast once" weights are cast before the loop
+over the micro-batches; the "compiler option" leaves matrix products to cuBLAS.
 
 Errors are those of the gradient of the weights: against float64, and against the sum
 of the unrounded gradients of the same activations. On a GPU, or with `--target`, the
@@ -92,10 +92,17 @@ def multiply_wide(x: jax.Array, weights: jax.Array, low: jax.Array | None) -> ja
     return float32_wgrad_dot_general(x, weights, dims, cast_weights=low)
 
 
+def narrow(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda weights: weights.astype(HALF), params)
+
+
+# How a layer multiplies; and what a cycle is given: the parameters, of which it takes
+# the gradient, and beside them perhaps a narrow copy.
 FORMS = {
-    "stock": (multiply, False),
-    "float32": (multiply_wide, False),
-    "float32, cast once": (multiply_wide, True),
+    "stock": (multiply, lambda params: (params, None)),
+    "stock, cast once": (multiply, lambda params: (narrow(params), None)),
+    "float32": (multiply_wide, lambda params: (params, None)),
+    "float32, cast once": (multiply_wide, lambda params: (params, narrow(params))),
 }
 
 
@@ -123,11 +130,11 @@ def make_loss(product: Callable, dtype: Any = HALF) -> Callable:
 
 def make_cycle(form: str, accum_steps: int) -> Callable:
     """Gradient of a cycle, of parameters and a batch."""
-    product, once = FORMS[form]
+    product, given = FORMS[form]
     cycle = jaxga.value_and_grad(make_loss(product), accum_steps=accum_steps)
 
     def run(params, batch):
-        low = jax.tree.map(lambda x: x.astype(HALF), params) if once else None
+        params, low = given(params)
         return cycle(params, batch, low)[1]
 
     return run
@@ -198,6 +205,8 @@ def measure_errors(size: Size) -> dict[str, Any]:
 PROGRAMS = {
     "stock": ("stock", {}),
     "stock, compiler option": ("stock", CUBLAS),
+    "stock, cast once": ("stock, cast once", {}),
+    "stock, cast once, compiler option": ("stock, cast once", CUBLAS),
     "float32": ("float32", {}),
     "float32, compiler option": ("float32", CUBLAS),
     "float32, cast once": ("float32, cast once", {}),
