@@ -1,7 +1,7 @@
 """What the README of the library says of the results: headlines, and the examples."""
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import markdown
@@ -35,14 +35,39 @@ def precision_paragraph(found: Sequence[Result]) -> str:
     return markdown.join(parts) if parts else "Not measured yet."
 
 
+def weight_gradients_paragraphs(found: Iterable[Result]) -> Iterator[str]:
+    """What the ways to make weight gradients move in a GPU's memory, in words."""
+    for result in found:
+        ways = {
+            kind: "; ".join(
+                f"{programs[name]['bytes_per_parameter']:.0f} {words}"
+                for name, words in _WAYS.items()
+            )
+            for kind, programs in result.get("programs", {}).items()
+        }
+        not_run = ", compiled and not run" if result["compiled_only"] else ""
+        if ways:
+            yield _filled(
+                f"Bytes of weights and their gradients, for each parameter and "
+                f"micro-batch, on an {result['environment']['device_kind']}{not_run}. "
+                + " ".join(f"Layers {kind}: {told}." for kind, told in ways.items())
+            )
+
+
+_WAYS = {
+    "stock": "as Flax does it",
+    "stock, cast once": "with weights cast once",
+    "float32": "with float32 weight gradients",
+    "float32, compiler option": "with these and the option",
+    "float32, cast once, compiler option": "with all three",
+}
+
+
 def _cycle(result: Result) -> Rows:
     for model in result["models"]:
         contenders, steps = model["contenders"], model["accum_steps"]
         jaxga, others = _split(contenders, _CYCLE_PEERS)
-        plain, gradient = contenders["plain step"], model["gradient_bytes"]
-
-        def beyond(found, plain=plain["total_bytes"], gradient=gradient):
-            return f"{(found['total_bytes'] - plain) / gradient:.2f}"
+        beyond = _beyond_plain(model, "total_bytes")
 
         def time(found):
             return _ratio(found["time_to_parts"])
@@ -133,7 +158,7 @@ def _communication(result: Result) -> Rows:
 
 def _sent(groups, devices):
     """Bytes that leave a device in an update, in a ring of all devices."""
-    shares = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+    shares = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
     sizes = (shares[g["kind"]] * g["bytes_per_update"] for g in groups)
     return sum(sizes) * (devices - 1) / devices
 
@@ -226,12 +251,19 @@ def _gpu(result: Result) -> Rows:
                 _each(others, lambda found: _ratio(found["time_to_parts"])),
             )
         if others:
+            beyond = _beyond_plain(setting, "predicted_peak_bytes")
             not_run = " (compiled, not run)" if setting["compiled_only"] else ""
             yield (
-                f"{what}: temporaries, in gradients{not_run}",
-                f"{jaxga['temp_gradients']:.2f}",
-                _each(others, lambda found: f"{found['temp_gradients']:.2f}"),
+                f"{what}: memory beyond a plain step's, in gradients{not_run}",
+                beyond(jaxga),
+                _each(others, beyond),
             )
+
+
+def _beyond_plain(model, size):
+    """Shows what a contender needs beyond a step without accumulation."""
+    plain, gradient = model["contenders"]["plain step"], model["gradient_bytes"]
+    return lambda found: f"{(found[size] - plain[size]) / gradient:.2f}"
 
 
 HEADLINES: dict[str, Callable[[Result], Rows]] = {

@@ -17,6 +17,7 @@ from summary import (
     example_parts,
     precision_paragraph,
     summary_table,
+    weight_gradients_paragraphs,
 )
 
 _HERE = Path(__file__).parent
@@ -61,6 +62,8 @@ def root_readme(text: str, results: Path = _HERE / "results") -> str:
     examples = list(load("examples", results))
     for name in EXAMPLES:
         text = between(text, f"{name} example", example_parts(name, examples))
+    weights = weight_gradients_paragraphs(load("weight_gradients", results))
+    text = between(text, "weight_gradients", list(weights))
     text = between(text, "benchmarks", [summary_table(found)])
     return between(text, "precision", [precision_paragraph(found["precision"])])
 

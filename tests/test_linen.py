@@ -62,6 +62,27 @@ def test_equals_apply_gradients_on_the_full_batch(num_devices):
     assert state.step == 3 and metrics["update"] == 3
 
 
+def test_bfloat16_parameters_and_their_optimizer_keep_their_dtypes():
+    """Though the gradient is float32: or else the second step would be traced anew."""
+    traces = []
+
+    def traced(params, batch):
+        traces.append(1)
+        return loss_fn(params, batch)
+
+    def dtypes(state):
+        return [leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state))]
+
+    state = make_state(optax.adam(1e-2))
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), state.params)
+    state = state.replace(params=params, opt_state=state.tx.init(params))
+    step, expected = jaxga.linen.make_train_step(traced, accum_steps=3), dtypes(state)
+    for _ in range(3):
+        state, _ = step(state, BATCH)
+        assert dtypes(state) == expected
+    assert len(traces) == 1
+
+
 @pytest.mark.parametrize("runner", ("pmap", "checked"))
 def test_in_a_pmap_or_shard_map_of_the_callers_own(runner):
     step = jaxga.linen.make_train_step(loss_fn, accum_steps=3, axis_name="data")
