@@ -224,13 +224,14 @@ def _measured(found):
 
 def _described(each):
     losses = each["losses"]
-    rounds = f"; {each['rounds']} rounds" if each["rounds"] else ""
+    is_timed = each["rounds"] and not each["compiled_only"]
+    rounds = f"; {each['rounds']} rounds" if is_timed else ""
     return (
         f"{'Compiled, not run. ' if each['compiled_only'] else ''}"
         f"Layers {each['model']}{' and rematerialised' if losses['remat'] else ''}: "
         f"{each['layers']} of width {each['width']}, {each['parameters'] / 1e6:.1f} M "
-        f"parameters, computed in {losses['dtype']}; {each['accum_steps']} "
-        f"micro-batches of {each['tokens']:,} tokens{rounds}."
+        f"parameters, computed in {losses['dtype']}; cycles of {each['accum_steps']} x "
+        f"{each['tokens']:,} tokens{rounds}."
     )
 
 
