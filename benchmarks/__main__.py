@@ -38,8 +38,8 @@ class Script:
 GPU_ONLY = ("cycle", "peers", "large", "peaks", "fusion", "traced")
 SCRIPTS = (
     Script(("cycle.py",)),
-    Script(("cycle.py", "--accum-steps", "1", "2", "4", "8", "16", "32", "64")),
-    Script(("cycle.py", "--microbatch-size", "1", "2", "4", "8", "16", "32")),
+    Script(("cycle.py", "--accum-steps", *"1 2 4 8 16 32 64".split())),
+    Script(("cycle.py", "--microbatch-size", *"1 2 4 8 16 32".split())),
     Script(("streaming.py",)),
     Script(("precision.py",)),
     Script(("compile_time.py",)),

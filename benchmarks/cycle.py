@@ -55,6 +55,10 @@ from harness import (
 from tables import cycle_table
 from transformer import SIZES, Size, make_batch, make_params
 
+# Numbers of micro-batches, and of their rows, of which results are kept: the default,
+# and two sweeps.
+_STEPS, _ROWS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16, 32)
+_KEPT = {((8,), ()), (_STEPS, ()), ((8,), _ROWS)}
 _MODELS = ("scanned", "unrolled")
 _ERRORS = ("gradient_error", "even_gradient_error")
 # Of a sweep over accum_steps or rows, which has half the layers for the time it takes.
@@ -295,7 +299,19 @@ def parse(argv):
         option = f"--{field.name.replace('_', '-')}"
         add(option, type=int, help="instead of --size's", **several)
     partial = ("size", "models", "contenders", "layers", "width", "length", "vocab")
-    return parse_options(parser, argv, *partial)
+    args = parse_options(parser, argv, *partial)
+    sizes = tuple(args.accum_steps), tuple(args.microbatch_size or ())
+    if args.output is None and sizes not in _KEPT:
+        parser.error(
+            "--output is needed: the kept results are those of the default sizes, of "
+            f"--accum-steps {_listed(_STEPS)}, and of --microbatch-size "
+            f"{_listed(_ROWS)}"
+        )
+    return args
+
+
+def _listed(numbers):
+    return " ".join(map(str, numbers))
 
 
 def sizes_given(args):

@@ -30,6 +30,7 @@ import jaxga
 import markdown
 import numpy as np
 from compiled import devices_of
+from contenders import Loss, hand_written_scan
 from gpu_program import read
 from harness import (
     check_equal,
@@ -44,7 +45,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxga import float32_wgrad_dot_general
 
 PyTree = Any
-HALF = jnp.bfloat16
+HALF, BY_HAND = jnp.bfloat16, "hand-written scan, stock"
 TOLERANCE = 1e-2  # of a gradient, to that with products rounded to bfloat16
 ERROR_STEPS = (1, 4, 16, 64)
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
@@ -128,8 +129,19 @@ def make_loss(product: Callable, dtype: Any = HALF) -> Callable:
     return loss_fn
 
 
+class Stock(Loss):
+    """The network as it is given to those that sum otherwise."""
+
+    def sum_and_weight(self, params, batch):
+        found = make_loss(multiply)(params, batch)
+        return found.total, found.weight
+
+
 def make_cycle(form: str, accum_steps: int) -> Callable:
     """Gradient of a cycle, of parameters and a batch."""
+    if form == BY_HAND:
+        by_hand = hand_written_scan(accum_steps, Stock())
+        return lambda params, batch: by_hand(params, batch)[1]
     product, given = FORMS[form]
     cycle = jaxga.value_and_grad(make_loss(product), accum_steps=accum_steps)
 
@@ -203,6 +215,7 @@ def measure_errors(size: Size) -> dict[str, Any]:
 # What a GPU's program does.
 
 PROGRAMS = {
+    BY_HAND: (BY_HAND, {}),
     "stock": ("stock", {}),
     "stock, compiler option": ("stock", CUBLAS),
     "stock, cast once": ("stock, cast once", {}),
