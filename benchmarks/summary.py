@@ -35,32 +35,33 @@ def precision_paragraph(found: Sequence[Result]) -> str:
     return markdown.join(parts) if parts else "Not measured yet."
 
 
-def weight_gradients_paragraphs(found: Iterable[Result]) -> Iterator[str]:
-    """What the ways to make weight gradients move in a GPU's memory, in words."""
+def weight_gradients_parts(found: Iterable[Result]) -> Iterator[str]:
+    """What the ways to make weight gradients move in a GPU's memory."""
     for result in found:
-        ways = {
-            kind: "; ".join(
-                f"{programs[name]['bytes_per_parameter']:.0f} {words}"
-                for name, words in _WAYS.items()
-            )
-            for kind, programs in result.get("programs", {}).items()
-        }
-        not_run = ", compiled and not run" if result["compiled_only"] else ""
-        if ways:
+        programs = result.get("programs")
+        if programs:
+            not_run = ", compiled and not run" if result["compiled_only"] else ""
             yield _filled(
-                f"Bytes of weights and their gradients that move, for each parameter and "
-                f"micro-batch, on an {result['environment']['device_kind']}{not_run}. "
-                + " ".join(f"Layers {kind}: {told}." for kind, told in ways.items())
+                f"Bytes of weights and their gradients that are read and written, for "
+                f"each parameter and micro-batch, on an "
+                f"{result['environment']['device_kind']}{not_run}:"
             )
+            rows = [(words, *_moved(programs, way)) for way, words in _WAYS.items()]
+            header = ("", *(f"layers {kind}" for kind in programs))
+            yield markdown.table([header, *rows])
+
+
+def _moved(programs, way):
+    return [f"{found[way]['bytes_per_parameter']:.0f}" for found in programs.values()]
 
 
 _WAYS = {
-    "hand-written scan, stock": "in a hand-written scan, as Flax does it",
-    "stock": "in jaxga's",
-    "stock, cast once": "with weights cast once",
-    "float32": "with float32 weight gradients",
-    "float32, compiler option": "with these and the option",
-    "float32, cast once, compiler option": "with all three",
+    "hand-written scan, stock": "hand-written scan",
+    "stock": "jaxga",
+    "stock, cast once": "jaxga, weights cast once",
+    "float32": "jaxga, `float32_wgrad`",
+    "float32, compiler option": "jaxga, `float32_wgrad` and the option",
+    "float32, cast once, compiler option": "jaxga, all three",
 }
 
 

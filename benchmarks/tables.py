@@ -17,7 +17,7 @@ from summary import (
     example_parts,
     precision_paragraph,
     summary_table,
-    weight_gradients_paragraphs,
+    weight_gradients_parts,
 )
 
 _HERE = Path(__file__).parent
@@ -62,7 +62,7 @@ def root_readme(text: str, results: Path = _HERE / "results") -> str:
     examples = list(load("examples", results))
     for name in EXAMPLES:
         text = between(text, f"{name} example", example_parts(name, examples))
-    weights = weight_gradients_paragraphs(load("weight_gradients", results))
+    weights = weight_gradients_parts(load("weight_gradients", results))
     text = between(text, "weight_gradients", list(weights))
     text = between(text, "benchmarks", [summary_table(found)])
     return between(text, "precision", [precision_paragraph(found["precision"])])
