@@ -94,7 +94,7 @@ def example(tmp_path_factory):
 
 
 BEFORE = {
-    "seconds": 9,
+    "seconds": 120,
     "environment": {"python": "3.99", "jax": "0.99", "cpu_count": 7},
     "runs": {"(1)": {"loss": 0.5}, "(2)": {"loss": 0.25}},
     "printed": ["samples", "run  loss", "(1)  0.50000", "(2)  0.25000"],
@@ -363,7 +363,7 @@ def test_the_readme_tells_of_an_example(load, example):
     assert "after 2 updates with 8 digits, in micro-batches of 8," in text
     assert "found for 83 % of them; with plain" in text and text.endswith(", for 70 %.")
     head, table = parts("byte_lm", [example])
-    assert head == "It prints, at the end (Python 3.99, jax 0.99, 7 CPU cores):"
+    assert head == "It prints, after 2 minutes (Python 3.99, jax 0.99, 7 CPU cores):"
     assert table == "```\nrun  loss\n(1)  0.50000\n(2)  0.25000\n```"
     assert parts("experts", [example]) == ["Not measured yet."]
 
@@ -453,8 +453,44 @@ def test_a_summary_has_a_table_for_every_machine(load):
     text = summary.summary_table({"cycle": [result, elsewhere, result]})
     assert text.count("beside it") == 2
     assert text.index("**cpu**") < text.index("**another**")
-    ratio = result["models"][0]["contenders"]["jaxga.make_train_step"]
-    assert text.count(f" {ratio['time_to_parts']['median']:.3f} ") == 3
+    ratio = result["models"][0]["contenders"]["jaxga.make_train_step"]["time_to_parts"]
+    told = f" {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) "
+    assert text.count(told) == 3
+
+
+def test_what_a_ring_sends(load):
+    """A device keeps its own part of what is scattered or gathered."""
+    sent = load("summary")._sent
+    kinds = ("all-reduce", "reduce-scatter", "all-gather")
+    groups = [{"kind": kind, "bytes_per_update": 100} for kind in kinds]
+    assert [sent([group], 4) for group in groups] == [150, 75, 75]
+    assert sent(groups, 4) == 300
+
+
+@pytest.mark.parametrize("compiled_only", (True, False))
+def test_a_gpu_that_was_not_there_has_no_times(load, compiled_only):
+    def found(peak, ratio):
+        time = {"median": ratio, "min": ratio, "max": ratio}
+        time = {} if compiled_only else {"time_to_parts": time}
+        return {"predicted_peak_bytes": peak} | time
+
+    setting = {
+        **{"accum_steps": 8, "tokens": 2048, "parameters": 3e6, "model": "scanned"},
+        **{"gradient_bytes": 100, "compiled_only": compiled_only},
+        "contenders": {
+            "plain step": found(500, 1.0),
+            "jaxga.make_train_step": found(525, 1.01),
+            "hand-written scan": found(600, 1.02),
+        },
+    }
+    rows = list(load("summary")._gpu({"settings": [setting]}))
+    what, *memory = rows[-1]
+    assert memory == ["0.25", "hand-written scan 1.00"]
+    assert what.endswith("(compiled, not run)") == compiled_only
+    if compiled_only:
+        assert len(rows) == 1
+    else:
+        assert rows[0][1].startswith("1.01 (") and "scan 1.02 (" in rows[0][2]
 
 
 def test_pictures_are_drawn_beside_the_results(load, tmp_path):
