@@ -8,9 +8,10 @@
 
 Each question runs in a process of its own: one that fails says why, and the others run;
 the exit status then is not 0. Results are kept as every script's, in
-`results/<device kind>/gpu_<question>.json`, one setting at a time: what is cut off at
-the limit has kept what it had, and says so. The commit that they name is, outside a git
-checkout, that of the variable `BENCHMARK_COMMIT`. `layouts.py` says what `--target` is.
+`results/<device kind>/gpu_<question>.json` or under these names where `--output` says,
+one setting at a time: what is cut off at the limit has kept what it had, and says so.
+Outside a git checkout they name the commit that the variable `BENCHMARK_COMMIT` has.
+`layouts.py` says what `--target` is.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def _variables(question, cache):
 def _command(question, args):
     output = []
     if args.output:
-        output = ["--output", str(args.output / f"{question}.json")]
+        output = ["--output", str(args.output / f"{_kept_as(question)}.json")]
     rounds = [] if question in _UNTIMED else ["--rounds", str(args.rounds)]
     if question in _SCRIPTS:
         tiny = _SCRIPTS[question] if args.size else ()
@@ -127,6 +128,10 @@ def _command(question, args):
     target = ["--target", str(args.target)] if args.target else []
     command = [sys.executable, __file__, "--question", question]
     return [*command, *size, *rounds, *output, *target]
+
+
+def _kept_as(question):
+    return question if question in _SCRIPTS else f"gpu_{question}"
 
 
 def ask(args) -> None:
@@ -143,9 +148,9 @@ def ask(args) -> None:
     print(_head(found | {"complete": True}), flush=True)
     for setting in question(machine):
         found["settings"].append(setting)
-        save(f"gpu_{args.question}", found, args.output)
+        save(_kept_as(args.question), found, args.output)
         print(f"\n{_part(setting)}", flush=True)
-    path = save(f"gpu_{args.question}", found | {"complete": True}, args.output)
+    path = save(_kept_as(args.question), found | {"complete": True}, args.output)
     print(f"\nwritten to {path}")
 
 

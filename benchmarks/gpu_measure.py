@@ -27,7 +27,13 @@ from contenders import (
     update_alone,
 )
 from cycle import even_rows, sum_of_parts
-from harness import PyTree, check_equal, ratios, time_in_turns
+from harness import (
+    PyTree,
+    check_equal,
+    distance_on_device,
+    ratios,
+    time_in_turns,
+)
 from jax.sharding import SingleDeviceSharding
 
 # Of the gradient, to that in float32. A micro-batch left out of eight is a third.
@@ -133,18 +139,8 @@ def add_errors(found, setting, runs, inexact) -> None:
         jax.block_until_ready(program.cycle())
         bound = math.inf if name in inexact else tolerance
         found[name]["gradient_error"] = check_equal(
-            name, program.last_gradient(), expected, bound, distance=distance_here
+            name, program.last_gradient(), expected, bound, distance=distance_on_device
         )
-
-
-@jax.jit
-def distance_here(actual: PyTree, expected: PyTree) -> jax.Array:
-    """As `harness.distance`, without moving a large gradient to the host."""
-
-    def norm(tree):
-        return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
-
-    return norm(jax.tree.map(jnp.subtract, actual, expected)) / norm(expected)
 
 
 def add_times(found, runs, rounds, accum_steps) -> None:

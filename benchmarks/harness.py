@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 PyTree = Any
@@ -112,6 +113,16 @@ def distance(actual: PyTree, expected: PyTree) -> float:
     return float(np.sqrt(off / size))
 
 
+@jax.jit
+def distance_on_device(actual: PyTree, expected: PyTree) -> jax.Array:
+    """As `distance`, in float32, of what is too large to be moved to the host."""
+
+    def norm(tree):
+        return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
+
+    return norm(jax.tree.map(jnp.subtract, actual, expected)) / norm(expected)
+
+
 def check_equal(
     name: str,
     actual: PyTree,
@@ -121,6 +132,13 @@ def check_equal(
     distance: Callable[[PyTree, PyTree], Any] = distance,
 ) -> float:
     """The distance of two trees. What is not equal is not worth timing.
+
+    Args:
+        name: whose answer it is.
+        actual: the answer.
+        expected: the one that it is compared with.
+        tolerance: the largest distance.
+        distance: how it is found; `distance_on_device` for large trees.
 
     Raises:
         ValueError: it is more than `tolerance`, or NaN, or there is nothing to compare.

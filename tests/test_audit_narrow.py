@@ -186,7 +186,7 @@ def test_no_false_alarm_on_narrow_problems(kind, dtype):
     options = dict(model_state=None, key=None, per_example_keys=False, is_wide=True)
     problem = Problem(loss_fn, *values(kind), (), **options)
     judged = 0
-    for seed in range(100 * kind, 100 * kind + 10):
+    for seed in range(100 * kind, 100 * kind + 6):
         made = Study(problem.on(*values(seed)), 1e-5)
         if made.nothing_to_compare():
             continue
@@ -197,4 +197,4 @@ def test_no_false_alarm_on_narrow_problems(kind, dtype):
             study_trainer(made, backwards, [accum_steps], [1]),
         ):
             assert not causes and all(e.passed for e in entries), (seed, causes)
-    assert judged >= 3
+    assert judged >= 2

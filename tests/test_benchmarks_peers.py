@@ -4,7 +4,9 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -192,14 +194,34 @@ def test_a_question_runs_and_is_kept(gpu, tmp_path):
     assert "Cut off" in gpu.table(result | {"complete": False})
 
 
-@pytest.mark.long
-def test_a_peak_is_that_of_a_process_of_its_own(gpu, tmp_path):
+def test_a_peak_is_that_of_a_process_of_its_own(gpu, monkeypatch, tmp_path):
+    asked, really_run = [], subprocess.run
+
+    def answer(command, **options):
+        if "--peak" not in command:
+            return really_run(command, **options)
+        asked.append(gpu.parse(command[2:]))
+        found = {"temp_gradients": 1.0, "predicted_peak_bytes": 9}
+        found["measured_peak_bytes"] = None
+        return SimpleNamespace(stdout=f"of the compiler\n{json.dumps(found)}\n")
+
+    monkeypatch.setattr(subprocess, "run", answer)
     options = ("--size", "tiny", "--question", "peaks")
-    (found,) = run(gpu, tmp_path / "peaks.json", *options)["settings"]
-    assert len(found["contenders"]) == 3
-    for each in found["contenders"].values():
-        assert each["predicted_peak_bytes"] > 3 * found["gradient_bytes"]
-        assert each["measured_peak_bytes"] is None  # a CPU does not tell
+    result = run(gpu, tmp_path / "peaks.json", *options)
+    (found,) = result["settings"]
+    assert [args.peak for args in asked] == list(found["contenders"])
+    assert {args.size for args in asked} == {"tiny"} and len(asked) == 3
+    assert gpu.table(result).count("not known") == 3
+
+
+@pytest.mark.long
+def test_a_peak_is_measured_where_the_device_tells(load, gpu, monkeypatch, capsys):
+    held = iter((100, 700))
+    monkeypatch.setattr(load("gpu_questions"), "_peak_so_far", lambda: next(held))
+    gpu.main(["--peak", JAXGA, "--size", "tiny", "--output", os.devnull])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["measured_peak_bytes"] == 700
+    assert found["predicted_peak_bytes"] > found["temp_bytes"] > 0
 
 
 @pytest.mark.long

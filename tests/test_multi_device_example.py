@@ -36,10 +36,18 @@ EXPECTED = {
 }
 
 
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(SCRIPT.parent),
+    # Nearly all of its time is LLVM's.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+}
+
+
 def run(script, *flags):
     return subprocess.run(
         [sys.executable, script, *flags],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SCRIPT.parent)},
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=400,
