@@ -5,7 +5,8 @@
 Every step is compiled for 1, 2, 4 and 8 simulated devices and asked for its collectives
 (`jaxga.collectives`): these are counts, and nothing is timed. The peers are written by
 hand, as they are written elsewhere: under `jit`, a scan that leaves the reduction to
-XLA; and under `pmap`, a scan with a `psum` of every micro-batch's gradient. All make
+XLA; and under `pmap`, a scan with a `psum` of every micro-batch's gradient, or of their
+mean. All make
 the same update of the parameters, or nothing is counted. Rows are of one length, for
 both peers take the mean of the micro-batches' means.
 """
@@ -86,12 +87,16 @@ def by_gspmd(mesh: Mesh, params: PyTree, batch: PyTree) -> Run:
     return Run(jitted.lower(state, batch).compile(), state, batch, lambda s: s[0])
 
 
-def by_pmap(mesh: Mesh, params: PyTree, batch: PyTree) -> Run:
-    """A loop under `pmap`, with the reduction beside the gradient it reduces."""
+def by_pmap(mesh: Mesh, params: PyTree, batch: PyTree, *, in_loop: bool) -> Run:
+    """A loop under `pmap`; each gradient is reduced in it, or their mean after it."""
 
     def step(state, batch):
         params, opt_state = state
-        loss, grads = mean_of_means(params, cut(batch, ACCUM_STEPS), psum_mean)
+        microbatches = cut(batch, ACCUM_STEPS)
+        if in_loop:
+            loss, grads = mean_of_means(params, microbatches, psum_mean)
+        else:
+            loss, grads = psum_mean(mean_of_means(params, microbatches))
         updates, opt_state = TX.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
@@ -121,7 +126,8 @@ def mean_of_means(params, microbatches, reduce=lambda found: found):
 
 STEPS = {
     "loop under jit": (by_gspmd, {}),
-    "loop under pmap": (by_pmap, {}),
+    "loop under pmap, psum in it": (by_pmap, {"in_loop": True}),
+    "loop under pmap, psum after it": (by_pmap, {"in_loop": False}),
     "zero=0": (by_jaxga, {"zero": 0}),
     "zero=1": (by_jaxga, {"zero": 1}),
     "zero=2": (by_jaxga, {"zero": 2}),

@@ -201,8 +201,9 @@ def _layouts(result: Result) -> Rows:
     each = "of each device (compiled, not run)"
     yield f"{what}: temporaries {each}", temporaries(jaxga), _each(others, temporaries)
     yield (
-        f"{what}: sent by each device in an update, and how much of it behind matrix "
-        "products (compiled, not run)",
+        f"{what}: sent by each device in an update (gradients by jaxga in float32, by "
+        "the loops in bfloat16), and what share behind matrix products (compiled, not "
+        "run)",
         sent(jaxga),
         _each(others, sent),
     )
@@ -230,12 +231,22 @@ def _against_torch(result: Result) -> Rows:
 
 def _microbatch_map(result: Result) -> Rows:
     for model in result["models"]:
-        times = model["contenders"]["jaxga.microbatch_map"]["time_to_full_batch"]
-        yield (
-            f"`microbatch_map`, layers {model['model']}: time over the full batch's",
-            _ratio(times),
-            "",
+        mapped, others = _split(
+            model["contenders"], ("checkpoint in lax.map",), "jaxga.microbatch_map"
         )
+
+        def time(found):
+            return _ratio(found["time_to_full_batch"])
+
+        def memory(found):
+            return f"{found['temp_and_gradient']:.2f}"
+
+        what = f"`microbatch_map`, layers {model['model']}"
+        for measure, show in (
+            ("time over the full batch's", time),
+            ("temporaries and gradient, in gradients", memory),
+        ):
+            yield f"{what}: {measure}", show(mapped), _each(others, show)
 
 
 def _gpu(result: Result) -> Rows:
@@ -387,12 +398,15 @@ def _precision_words(result: Result) -> str:
     most = list(narrow)[-1]
     single = [f"{show(e)} over {int(n):,}" for n, e in errors["float32"].items()]
     scaled = max(errors["float16 computation, loss scale 2^15"].values())
+    some = list(narrow)[len(narrow) // 2]
     words = (
-        f"A gradient in float32 of a small transformer is this far from float64: "
-        f"{', '.join(single)} micro-batches. In bfloat16 it is {show(min(half))} to "
-        f"{show(max(half))}, over {int(most):,} micro-batches no more than over one; "
-        f"summed in bfloat16 (`accum_dtype=jnp.bfloat16`), {show(narrow[most])}. In "
-        f"float16, with a loss scale, it is {show(scaled)}."
+        f"Of a small transformer, a gradient's relative error (the norm of its "
+        f"difference to float64, over its norm) is in float32 {', '.join(single)} "
+        f"micro-batches. In bfloat16 it is {show(min(half))} to {show(max(half))}, "
+        f"over {int(most):,} micro-batches no more than over one; summed in bfloat16 "
+        f"(`accum_dtype=jnp.bfloat16`) {show(narrow[some])} over {int(some):,} and "
+        f"{show(narrow[most])} over {int(most):,}. In float16, with a loss scale, it "
+        f"is {show(scaled)}."
     )
     return _filled(words)
 

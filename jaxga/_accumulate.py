@@ -138,7 +138,8 @@ def accumulate(
             term has an accumulator of its own, of the parameters' size. Where the
             loader knows the weights of a cycle, `term_weights` needs one accumulator
             and one backward pass for all: call `jaxga.value_and_grad_sums` with them,
-            and this without `terms` and with `weight=1 / accum_steps`. Wrappers that
+            and this without `terms` and with `weight=1 / n`, where `n` is the number of
+            calls that the cycle will have, also if it is flushed early. Wrappers that
             look at a gradient leaf by leaf (`optax.masked`, `apply_if_finite`) go
             inside, for outside they would see a dict by term.
 

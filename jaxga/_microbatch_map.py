@@ -1,9 +1,9 @@
 """A function mapped over micro-batches, of which only the outputs are stored.
 
-For losses over a whole batch: in-batch negatives, batch covariances, rewards normalised
-by group. Such a loss needs all outputs at once, but not all activations. The backward
-pass computes each micro-batch once more, from the cotangent of its outputs, and adds
-its gradient to one buffer.
+For losses over a whole batch: in-batch negatives, batch covariances, scores normalised
+over a group. Such a loss needs all outputs at once, but not all activations. The
+backward pass computes each micro-batch once more, from the cotangent of its outputs,
+and adds its gradient to one buffer.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def microbatch_map(
     """Maps a function over micro-batches, at the memory of one, differentiably.
 
     A loss that compares examples with each other (in-batch negatives, a covariance over
-    the batch, rewards normalised by group) cannot be summed over micro-batches: each
+    the batch, scores normalised over a group) cannot be summed over micro-batches: each
     would only see itself. Map the encoder instead, and take the loss of all its
     outputs: outputs and gradients are those of the full batch, to rounding. Only the
     outputs are stored. The backward pass computes each micro-batch once more, with the

@@ -63,12 +63,16 @@ def value_and_grad(
     The batch is cut into micro-batches; the gradients of their summed losses are
     summed, merged over devices once, and divided once. The result is that of the full
     batch, to rounding, however unevenly tokens are spread over micro-batches and
-    devices.
+    devices. (Merged once: with `axis_name`, or in a step with `parallel`. Under plain
+    `jit`, with a batch that is sharded over devices, the result is the same, but the
+    compiler may reduce in every micro-batch.)
 
     Args:
         loss_fn: `loss_fn(params, microbatch, *args)`, with `key=` and `model_state=`
             added where the cycle was given them. Returns a `WeightedSum`, a dict of
-            them (terms with denominators of their own), or a `LossOutput`.
+            them (terms with denominators of their own), or a `LossOutput`. The weights
+            of several terms are counted in a first pass, without a forward pass: only
+            where one depends on the parameters it runs twice, and a warning says so.
         accum_steps: micro-batches per cycle. Must divide the rows of the batch. Give
             this or `microbatch_size`.
         microbatch_size: rows per micro-batch, of the array that the call sees: one

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from ._auto_size import build_step
 from ._axes import AxisNames
-from ._checks import name_of_type
+from ._checks import describe, name_of_type
 from ._keys import check_key
 from ._linen_per_example import per_example as per_example
 from ._linen_wgrad import float32_wgrad as float32_wgrad
@@ -78,8 +78,8 @@ def make_train_step(
     Raises:
         TypeError: a state that is no Flax `TrainState`; `mutable` is no tuple of names;
             and as for `jaxga.make_train_step`.
-        ValueError: a name in `mutable` that is no field of the state; and as for
-            `jaxga.make_train_step`.
+        ValueError: a name in `mutable` that is no field of the state; a state with a
+            loss scale; and as for `jaxga.make_train_step`.
 
     Example:
         >>> import flax.linen as nn
@@ -147,6 +147,13 @@ class _LinenState(StateKind):
                     f"{type(state).__name__} that a forward pass changes: "
                     f"{sorted(fields)}."
                 )
+        if hasattr(getattr(state, "loss_scale", None), "unscale"):
+            raise ValueError(
+                f"The state has loss_scale={describe(state.loss_scale)}, which this "
+                "step does not use. jaxga.make_train_step does, with "
+                "jaxga.TrainState.create(params, tx, loss_scale=...); its loss "
+                "function may call the same model.apply."
+            )
         if not isinstance(state.params, Mapping):
             raise TypeError(
                 f"state.params is of type {name_of_type(state.params)}; Flax's "

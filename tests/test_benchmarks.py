@@ -30,6 +30,7 @@ EXACT = {
 }
 PARTS = {"plain step", "gradient of a micro-batch", "update alone"}
 CUT = EXACT | {"loop of means", "optax.MultiSteps"}
+PSUM = "loop under pmap, psum in it"
 TINY = ("--size", "tiny", "--models", "scanned", "--rounds", "2")
 
 
@@ -70,7 +71,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def communicated(tmp_path_factory):
-    options = ("--devices", "2", "--steps", "loop under pmap", "zero=0", "zero=1")
+    options = ("--devices", "2", "--steps", PSUM, "zero=0", "zero=1")
     return run_script(tmp_path_factory, "communication.py", *options)
 
 
@@ -273,7 +274,7 @@ def moved(result, step, devices, in_loop):
 
 def test_communication_counts_what_is_moved(communicated):
     steps = communicated["accum_steps"]
-    assert steps <= moved(communicated, "loop under pmap", "2", True) < steps + 0.1
+    assert steps <= moved(communicated, PSUM, "2", True) < steps + 0.1
     assert 1 <= moved(communicated, "zero=0", "2", False) < 1.1
     assert moved(communicated, "zero=0", "2", True) == 0
     assert 2 <= moved(communicated, "zero=1", "2", False) < 2.1
@@ -395,8 +396,10 @@ def test_kept_communication_is_once_per_update():
     for devices in ("2", "4", "8"):
         assert moved(result, "zero=0", devices, in_loop=True) == 0
         assert moved(result, "zero=0", devices, in_loop=False) < 1.01
-        for loop in ("loop under jit", "loop under pmap"):
+        for loop in ("loop under jit", PSUM):
             assert moved(result, loop, devices, in_loop=True) > 7.9
+        after = "loop under pmap, psum after it"
+        assert moved(result, after, devices, in_loop=True) == 0
 
 
 @pytest.mark.parametrize(

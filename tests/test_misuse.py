@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import jaxga
 import jaxga.linen
+import jmp
 import numpy as np
 import optax
 import pytest
@@ -2241,6 +2242,24 @@ def trace_linen(loss=loss_fn, state=None, call=None, **kw):
     return jax.eval_shape(
         lambda s, b: step(s, b, **(call or {})), state or flax_state(), BATCH
     )
+
+
+class ScaledTrainState(flax_train_state.TrainState):
+    loss_scale: jmp.LossScale | None = None
+
+
+def scaled_state(loss_scale):
+    state = flax_state()
+    made = {"apply_fn": len, "params": state.params, "tx": SGD}
+    return ScaledTrainState.create(**made, loss_scale=loss_scale)
+
+
+def test_a_loss_scale_in_a_flax_state_is_not_ignored():
+    scale = jmp.StaticLossScale(jnp.float32(8))
+    words = ("loss_scale=StaticLossScale(", "jaxga.TrainState.create(params, tx")
+    with refused(ValueError, *words):
+        trace_linen(state=scaled_state(scale))
+    trace_linen(state=scaled_state(None))
 
 
 TUPLE = '("batch_stats",)'

@@ -69,9 +69,9 @@ def audit(
         model_state_merge: as for `jaxga.value_and_grad`.
         accum_dtype: as for `jaxga.value_and_grad`.
         tolerance: what each leaf may differ by, relative to its norm, besides several
-            times the rounding of the full batch's own gradient. So may what of the
-            whole is along the truth, its terms and micro-batches: there rounding
-            averages out, and small faults show.
+            times the rounding of the full batch's own gradient. The same bound holds
+            for the projections of the whole gradient on the true one, its terms and
+            its micro-batches: there rounding averages out, and small faults show.
         float64: whether to compute the truth in float64. False takes less memory, and
             finds errors that are larger than rounding only.
 
