@@ -315,7 +315,7 @@ def test_a_step_that_does_not_add_up_is_not_counted(load, monkeypatch):
     def without_psum(mesh, params, batch):
         with monkeypatch.context() as patch:
             patch.setattr(communication.lax, "psum", lambda x, axis: 2 * x)
-            return communication.by_pmap(mesh, params, batch)
+            return communication.by_pmap(mesh, params, batch, in_loop=True)
 
     monkeypatch.setitem(communication.STEPS, "alone", (without_psum, {}))
     with pytest.raises(ValueError, match="'alone' is .* away"):
