@@ -10,8 +10,9 @@ Each question runs in a process of its own: one that fails says why, and the oth
 the exit status then is not 0. Results are kept as every script's, in
 `results/<device kind>/gpu_<question>.json` or under these names where `--output` says,
 one setting at a time: what is cut off at the limit has kept what it had, and says so.
-Outside a git checkout they name the commit that the variable `BENCHMARK_COMMIT` has.
-`layouts.py` says what `--target` is.
+Outside a git checkout they name the commit that the variable `BENCHMARK_COMMIT` has. A
+folder in `JAX_COMPILATION_CACHE_DIR` keeps what is compiled for the next call of the
+script. `layouts.py` says what `--target` is.
 """
 
 import argparse
@@ -105,7 +106,7 @@ def _run(question, args, cache, limit) -> bool:
 def _variables(question, cache):
     # What one process has compiled, or tuned, the next one need not.
     found = {
-        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

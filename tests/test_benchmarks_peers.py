@@ -122,6 +122,14 @@ def test_a_question_that_fails_leaves_the_others_to_run(gpu, monkeypatch, capfd)
     assert gpu.run_all(settings(gpu, "cycle", "fusion")) == 0
 
 
+def test_what_is_compiled_can_be_kept_for_the_next_call(gpu, monkeypatch):
+    name = "JAX_COMPILATION_CACHE_DIR"
+    monkeypatch.delenv(name, raising=False)
+    assert gpu._variables("cycle", "a folder")[name] == "a folder"
+    monkeypatch.setenv(name, "the user's")
+    assert gpu._variables("cycle", "a folder")[name] == "the user's"
+
+
 def test_what_has_no_time_left_is_named(gpu, monkeypatch, capfd):
     monkeypatch.setattr(gpu, "_LEAST", 0.1)
     monkeypatch.setattr(
