@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import markdown
 import optax
-from contenders import Loss, contenders, in_parts
+from contenders import Loss, contenders, first_gradient, in_parts
 from harness import (
     check_equal,
     compile_step,
@@ -66,10 +66,9 @@ class Jaxga:
         jax.block_until_ready(metrics)
 
     def gradient(self):
-        """Of the first cycle: AdamW's first moment is then a tenth of it."""
+        """Of the first cycle."""
         self.cycle()
-        moment = optax.tree.get(self._entrant.read_opt_state(self._state), "mu")
-        return jax.device_get(jax.tree.map(lambda mu: mu / 0.1, moment))
+        return first_gradient(self._entrant.read_opt_state(self._state))
 
 
 def measure(size: gpt.Size, accum_steps: int, dtype: str, rounds: int) -> dict:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxga
+from harness import memory_of
 from jax.experimental import topologies
 
 
@@ -15,11 +16,10 @@ def measure(compiled: Any) -> dict[str, Any]:
         f"{name}_bytes": getattr(memory, f"{name}_size_in_bytes")
         for name in ("argument", "output", "alias", "temp")
     }
-    kept = found["argument_bytes"] + found["output_bytes"] - found["alias_bytes"]
     communication = jaxga.collectives(mark_hidden(compiled.as_text()))
     groups = {(each.kind, each.in_loop): None for each in communication}
     return found | {
-        "peak_bytes": kept + found["temp_bytes"],
+        "peak_bytes": memory_of(compiled)["total_bytes"],
         "collectives": [
             _summary(communication.select(kind, in_loop=in_loop))
             for kind, in_loop in sorted(groups)

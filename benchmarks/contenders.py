@@ -271,6 +271,12 @@ def keep_gradient() -> optax.GradientTransformation:
     )
 
 
+def first_gradient(opt_state):
+    """The gradient of AdamW's very first update: its first moment is a tenth of it."""
+    moment = optax.tree.get(opt_state, "mu")
+    return jax.tree.map(lambda mu: mu / 0.1, moment)
+
+
 def gradient_alone(loss: Loss = _SMALL) -> Contender:
     """Forward and backward pass: the parameters stay."""
     gradient = full_batch(loss)

@@ -20,6 +20,7 @@ from contenders import (
     UPDATE,
     Contender,
     Loss,
+    first_gradient,
     full_batch,
     gradient_alone,
     in_parts,
@@ -31,6 +32,7 @@ from harness import (
     PyTree,
     check_equal,
     distance_on_device,
+    memory_of,
     ratios,
     time_in_turns,
 )
@@ -38,7 +40,6 @@ from jax.sharding import SingleDeviceSharding
 
 # Of the gradient, to that in float32. A micro-batch left out of eight is a third.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-1}
-_DECAY = 0.9  # of AdamW's first moment, which is a tenth of the first gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +170,13 @@ class Program:
         step = self._entrant.make_step(self._tx)
         jitted = jax.jit(step, donate_argnums=0, compiler_options=self._options)
         self._step = jitted.lower(state, data[0]).compile()
-        return memory_of(self._step, self._setting)
+        memory = memory_of(self._step)
+        gradient = 4 * gpt.count(jax.eval_shape(self._setting.params))
+        return {
+            "temp_bytes": memory["temp_bytes"],
+            "temp_gradients": memory["temp_bytes"] / gradient,
+            "predicted_peak_bytes": memory["total_bytes"],
+        }
 
     def start(self, params: PyTree) -> None:
         """Gives it data and a state."""
@@ -194,22 +201,8 @@ class Program:
         return self._state, other
 
     def last_gradient(self) -> PyTree:
-        """The gradient of the very first update, read off AdamW's first moment."""
-        moment = optax.tree.get(self._entrant.read_opt_state(self._state), "mu")
-        return jax.tree.map(lambda mu: mu / (1 - _DECAY), moment)
-
-
-def memory_of(compiled, setting) -> dict[str, float]:
-    """In XLA's own account; the predicted peak is all of it, the donated once."""
-    memory = compiled.memory_analysis()
-    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    temp = memory.temp_size_in_bytes
-    gradient = 4 * gpt.count(jax.eval_shape(setting.params))
-    return {
-        "temp_bytes": temp,
-        "temp_gradients": temp / gradient,
-        "predicted_peak_bytes": kept - memory.alias_size_in_bytes + temp,
-    }
+        """The gradient of the very first update."""
+        return first_gradient(self._entrant.read_opt_state(self._state))
 
 
 def _placed(tree, sharding):

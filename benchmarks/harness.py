@@ -35,11 +35,18 @@ def compile_step(
     start = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=donate_argnums).lower(*args).compile()
     seconds = time.perf_counter() - start
+    return compiled, {"compile_seconds": seconds, **memory_of(compiled)}
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """In XLA's own account: `temp_bytes`, and with arguments and results `total_bytes`.
+
+    What is donated is counted once. On several devices, that of one of them.
+    """
     memory = compiled.memory_analysis()
     temp = memory.temp_size_in_bytes
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return compiled, {
-        "compile_seconds": seconds,
+    return {
         "temp_bytes": temp,
         "total_bytes": kept - memory.alias_size_in_bytes + temp,
     }

@@ -30,7 +30,7 @@ import markdown
 import numpy as np
 import optax
 from compiled import devices_of
-from harness import environment, options, parse_options, save
+from harness import environment, memory_of, options, parse_options, save
 from jax.sharding import AxisType, Mesh
 from large_model import SIZES, Size, param_types, token_losses
 
@@ -126,9 +126,7 @@ class Setting:
         shape = self.global_batch_size, self.size.length + 1
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
         step = self.build(row.microbatch_size, row.accum_steps)
-        memory = step.lower(state, tokens).compile().memory_analysis()
-        kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        return kept - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+        return memory_of(step.lower(state, tokens).compile())["total_bytes"]
 
     def run(self, microbatch_size: int) -> None:
         """Two updates on random tokens."""

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import markdown
-from summary import (
+from paragraphs import (
     EXAMPLES,
-    HEADLINES,
     example_parts,
     precision_paragraph,
-    summary_table,
     weight_gradients_parts,
 )
+from summary import HEADLINES, summary_table
 
 _HERE = Path(__file__).parent
 # By the name of its markers: the results that a table is made of (a pattern of files),

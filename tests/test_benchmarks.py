@@ -355,7 +355,7 @@ def test_an_example_is_kept_beside_the_others(example):
 
 
 def test_the_readme_tells_of_an_example(load, example):
-    parts, example = load("summary").example_parts, copy.deepcopy(example)
+    parts, example = load("paragraphs").example_parts, copy.deepcopy(example)
     found = example["examples"]["contrastive"]
     mapped, plain = (found["runs"][f"8 images, {way}"] for way in WAYS)
     mapped["other_view"], plain["other_view"] = 0.834, 0.696
