@@ -196,7 +196,9 @@ def test_a_question_runs_and_is_kept(gpu, tmp_path):
     for name in names:
         assert np.isfinite(contenders[name]["time_to_parts"]["median"])
         assert contenders[name]["gradient_error"] < 1e-5
-        assert contenders[name]["predicted_peak_bytes"] > 3 * found["gradient_bytes"]
+        # Parameters and two moments, donated and so counted once, beside temporaries.
+        kept = contenders[name]["predicted_peak_bytes"] - contenders[name]["temp_bytes"]
+        assert 3 * found["gradient_bytes"] < kept < 4 * found["gradient_bytes"]
     assert result["question"].startswith("What does a number of micro-batches cost")
     assert result["complete"] and "Cut off" not in gpu.table(result)
     assert "Cut off" in gpu.table(result | {"complete": False})
